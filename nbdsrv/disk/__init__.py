@@ -1,0 +1,1 @@
+"""The Disk: one representation of a disk whatever its source, and the threads that serve it."""

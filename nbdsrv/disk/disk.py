@@ -1,0 +1,186 @@
+"""The Disk: what every image, restore point, wrapper and remote export looks like.
+
+Two halves, by what they may cost::
+
+    on the event loop, never blocking       locate  place
+    may wait (async; threads inside)        load  read_into  extents  status
+                                            write  zero  trim  flush  cache  close
+
+``locate`` is how fast reads are served: it only says where bytes are, and the engine moves
+them (``nbdsrv.net.transmission``). ``read_into`` is the same for everyone else.
+"""
+
+import errno as os_errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import Flag, auto
+
+from nbdsrv.disk.runs import FileRun, Run
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
+from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
+from protocol.extents import ExtentList
+from protocol.handshake.options import BlockSizes
+
+__all__ = ["Ability", "Disk", "read_runs"]
+
+
+class Ability(Flag):
+    """What a Disk can do besides being read."""
+
+    WRITE = auto()
+    FLUSH = auto()
+    TRIM = auto()
+    ZERO = auto()
+    FAST_ZERO = auto()
+    MULTI_CONN = auto()
+    ROTATIONAL = auto()
+
+
+class Disk(ABC):
+    """A range of bytes with holes.
+
+    Concurrency: all methods belong to one event loop and may run concurrently with each other;
+    overlapping writes and reads that are in flight together have no order.
+
+    Cancellation: an awaited method that is cancelled may have done all, some or none of its
+    work, and returns only when no thread uses its buffers any more. The Disk stays usable.
+
+    Errors: ``DiskError``; for reads its ``offset`` says how far the data is good.
+
+    Attributes:
+        name: for messages, usually the path.
+        size: bytes.
+        format: short lower-case name, for ``info``.
+        abilities: see ``Ability``.
+        block_sizes: constraints in bytes.
+        contexts: names of the meta contexts ``status`` answers for.
+        epoch: changes whenever something ``locate`` answered may no longer be true.
+    """
+
+    name: str
+    size: int
+    format: str
+    abilities: Ability = Ability(0)
+    block_sizes: BlockSizes = BlockSizes()
+    contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
+    epoch: int = 0
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    @abstractmethod
+    def locate(self, offset: int, length: int) -> Sequence[Run] | None:
+        """Where these bytes are; never blocks.
+
+        The runs are consecutive from ``offset`` and cover at least ``length`` bytes; the last
+        one may reach further, as far as is known anyway.
+
+        Returns:
+            None if the metadata is not in memory: ``await load()`` and ask again.
+        """
+
+    @abstractmethod
+    async def load(self, offset: int, length: int) -> None:
+        """Bring into memory what ``locate`` needs for this range."""
+
+    def place(self, offset: int, length: int) -> FileRun | None:
+        """Where an overwrite may go directly; None means only ``write`` will do."""
+        del offset, length
+        return None
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``."""
+        length = len(buffer)
+        if length:
+            runs = await self.runs(offset, length)
+            await self._workers.run(read_runs, self.name, offset, runs, buffer)
+
+    async def runs(self, offset: int, length: int) -> Sequence[Run]:
+        """``locate``, loading as needed."""
+        for _ in range(1000):
+            runs = self.locate(offset, length)
+            if runs is not None:
+                return runs
+            await self.load(offset, length)
+        raise DiskError(f"{self.name}: the map of the image changes too fast to be read")
+
+    @abstractmethod
+    async def extents(self, offset: int, length: int) -> ExtentList:
+        """Allocation from ``offset`` on: at least one extent, at most ``length`` bytes in all.
+
+        May stop short where finding out more would take long; ask again from there.
+        """
+
+    async def status(self, context: str, offset: int, length: int) -> ExtentList:
+        """Extents of one of ``contexts``, under the conditions of ``extents``."""
+        found = await self.extents(offset, length)
+        if context == ALLOCATION:
+            return found
+        if context == ALLOCATION_DEPTH:
+            return ExtentList(offset, [(e.length, 0 if e.flags & 1 else 1) for e in found])
+        raise DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Store ``data``; visible to every later read, durable after ``flush``."""
+        raise self._read_only()
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        """Make the range read as zeroes.
+
+        Args:
+            offset: bytes.
+            length: bytes.
+            punch: may the range become a hole?
+            fast: fail with EOPNOTSUPP, changing nothing, unless this beats writing zeroes.
+        """
+        raise self._read_only()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The range is no longer needed; may do nothing."""
+        raise self._read_only()
+
+    async def flush(self) -> None:
+        """Everything written before this call is durable when it returns."""
+
+    async def cache(self, offset: int, length: int) -> None:
+        """The range will be read soon; may do nothing."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release descriptors and memory. Flushes nothing; idempotent."""
+
+    def _read_only(self) -> DiskError:
+        return DiskError(f"{self.name} is read-only", os_errno.EROFS)
+
+
+def read_runs(name: str, offset: int, runs: Sequence[Run], buffer: memoryview) -> None:
+    """Fill ``buffer`` from ``runs``, blocking. For worker threads.
+
+    Raises:
+        DiskError: with the disk offset of the first byte that could not be read.
+    """
+    at = 0
+    for run in runs:
+        if at >= len(buffer):
+            break
+        part = buffer[at : at + run.length]
+        if isinstance(run, FileRun):
+            _pread_exactly(name, run, part, offset + at)
+        else:
+            part[:] = bytes(len(part))
+        at += len(part)
+
+
+def _pread_exactly(name: str, run: FileRun, part: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(part):
+        try:
+            count = os.preadv(run.fd, [part[done:]], run.position + done)
+        except OSError as error:
+            raise DiskError.from_os(f"reading {name}", error, offset + done) from error
+        if not count:
+            end = run.position + done
+            raise DiskError(f"{name} ends at {end}, was it truncated?", offset=offset + done)
+        done += count

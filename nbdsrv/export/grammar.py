@@ -1,0 +1,94 @@
+"""SOURCE: the one grammar for every disk (docs/usage.md).
+
+::
+
+    SOURCE  = DISK [ "~p" N ]
+    DISK    = FORMAT ":" PATH | REPOSITORY ":" PATH [ "#" GROUP/DISK@POINT ]
+            | URI | HYPERVISOR | PATH
+
+Kinds that are not served yet are recognised here all the same, so that their users read which
+kind it is instead of "no such file".
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from nbdsrv.errors import ConfigError
+
+__all__ = ["Kind", "Source", "parse_source"]
+
+
+class Kind(Enum):
+    """What a SOURCE names."""
+
+    IMAGE = auto()
+    NBD = auto()
+    REPOSITORY = auto()
+    HYPERVISOR = auto()
+
+
+FORMATS = frozenset(
+    {"raw", "qcow2", "qcow", "vhd", "vhdx", "vmdk", "vdi", "parallels", "ova", "xva"}
+)
+REPOSITORIES = frozenset(
+    {"repo", "repo+s3", "xo", "pbs", "virtnbdbackup", "casync", "benji", "restic", "borg"}
+)
+HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
+NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+unix", "nbds+unix"})
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
+_PARTITION = re.compile(r"(.*)~p([0-9]+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A parsed SOURCE.
+
+    Attributes:
+        text: as it was given.
+        scheme: format, repository or hypervisor kind; "" for an image to be probed.
+        location: path or URI, without scheme, selector and partition.
+        selector: what follows ``#`` in a repository or hypervisor, or "".
+        partition: N of ``~pN``, or None for the whole disk.
+    """
+
+    text: str
+    kind: Kind
+    scheme: str
+    location: str
+    selector: str = ""
+    partition: int | None = None
+
+
+def parse_source(text: str) -> Source:
+    """Parse one SOURCE.
+
+    Raises:
+        ConfigError: empty, or a partition number that makes no sense.
+    """
+    rest, partition = text, None
+    if match := _PARTITION.fullmatch(text):
+        rest, partition = match[1], int(match[2])
+        if not 1 <= partition <= 128:
+            raise ConfigError(f"{text}: partitions are numbered from 1 to 128")
+    if not rest:
+        raise ConfigError("an empty SOURCE; give an image, for instance disk.img")
+    match = _SCHEME.fullmatch(rest)
+    scheme = match[1] if match else ""
+    if scheme in NBD_SCHEMES:
+        return Source(text, Kind.NBD, scheme, rest, "", partition)
+    for kind, schemes in _KINDS.items():
+        if match and scheme in schemes:
+            location, _, selector = match[2].partition("#")
+            if not location:
+                raise ConfigError(f"{text}: nothing behind {scheme}:")
+            return Source(text, kind, scheme, location, selector, partition)
+    if match and scheme in FORMATS:
+        if not match[2]:
+            raise ConfigError(f"{text}: nothing behind {scheme}:")
+        return Source(text, Kind.IMAGE, scheme, match[2], "", partition)
+    return Source(text, Kind.IMAGE, "", rest, "", partition)
+
+
+_KINDS = {Kind.REPOSITORY: REPOSITORIES, Kind.HYPERVISOR: HYPERVISORS}

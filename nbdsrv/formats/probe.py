@@ -1,0 +1,76 @@
+r"""Which format is this file? Magic numbers, strictest first; raw only when nothing else matches.
+
+========== ============================ ==========
+format     magic                        at
+========== ============================ ==========
+qcow2      ``QFI\xfb`` version 2, 3     0
+qcow       ``QFI\xfb`` version 1        0
+vhdx       ``vhdxfile``                 0
+vmdk       ``KDMV`` ``COWD`` descriptor 0
+vdi        0xbeda107f little-endian     64
+parallels  ``WithoutFreeSpace`` ...     0
+luks       ``LUKS\xba\xbe``             0
+vhd        ``conectix``                 0 or end - 512
+gzip, xz, zstd                          0
+========== ============================ ==========
+
+A file with such a magic is never served as raw unless ``raw:`` says so: a guest that wrote a
+qcow2 header into its raw disk could otherwise choose a backing file on the host.
+"""
+
+import os
+import stat
+
+from nbdsrv.errors import DiskError
+
+__all__ = ["probe"]
+
+_AT_START = (
+    (b"vhdxfile", "vhdx"),
+    (b"KDMV", "vmdk"),
+    (b"COWD", "vmdk"),
+    (b"# Disk DescriptorFile", "vmdk"),
+    (b"WithoutFreeSpace", "parallels"),
+    (b"WithouFreSpacExt", "parallels"),
+    (b"LUKS\xba\xbe", "luks"),
+    (b"conectix", "vhd"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x1f\x8b\x08", "gzip"),
+)
+_VDI = (0xBEDA107F).to_bytes(4, "little")
+FOOTER = 512
+
+
+def probe(path: str) -> str:
+    """The format's short name, "raw" if no magic matches. Blocking; reads at most 1 KiB.
+
+    Raises:
+        DiskError: the file cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise DiskError.from_os(path, error) from error
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return "raw"  # a device, or something that opening will explain
+        return _recognise(os.pread(fd, FOOTER, 0), os.pread(fd, 8, max(info.st_size - FOOTER, 0)))
+    except OSError as error:
+        raise DiskError.from_os(path, error) from error
+    finally:
+        os.close(fd)
+
+
+def _recognise(start: bytes, footer: bytes) -> str:
+    if start[:4] == b"QFI\xfb":
+        return "qcow" if start[4:8] == (1).to_bytes(4, "big") else "qcow2"
+    for magic, name in _AT_START:
+        if start.startswith(magic):
+            return name
+    if start[64:68] == _VDI:
+        return "vdi"
+    if footer == b"conectix":
+        return "vhd"
+    return "raw"

@@ -1,0 +1,278 @@
+"""Raw images and block devices: disk offset = file position.
+
+::
+
+    disk   |== data ==|.. hole ..|== data ==|...... hole ......|  size: any number of bytes
+    file   |== data ==|          |== data ==|                  |  SEEK_DATA / SEEK_HOLE
+
+Facts relied on: lseek(2) SEEK_DATA and SEEK_HOLE (a file system without them reports all as
+data), fallocate(2) for holes, preadv2(2) RWF_NOWAIT, fsync(2): an error is reported once, after
+which the pages count as clean although they never reached the disk.
+"""
+
+import errno as os_errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import TypeVarTuple
+
+from nbdsrv.disk.disk import Ability, Disk
+from nbdsrv.disk.runs import NEVER, FileRun, Run, ZeroRun
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
+from nbdsrv.formats.allocation import discard_device, punch_hole, zero_range
+from nbdsrv.formats.extent_map import ExtentMap
+from protocol.extents import DATA, HOLE, ExtentList
+
+__all__ = ["RawDisk", "open_raw"]
+
+Ts = TypeVarTuple("Ts")
+
+MAX_EXTENTS = 1 << 16
+"""Extents looked up in one go; a status reply may stop short."""
+LOOK_AHEAD = 1 << 30
+"""Bytes beyond a wanted range whose layout is learnt with it."""
+LOOK_AHEAD_EXTENTS = 256
+"""Extents beyond which looking ahead stops."""
+ZERO_CHUNK = 1 << 20
+"""Bytes of zeroes written at a time where fallocate cannot help."""
+
+_MEMORY_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+
+
+class RawDisk(Disk):
+    """A file or block device, as it is."""
+
+    format = "raw"
+
+    def __init__(
+        self, workers: Workers, fd: int, name: str, *, size: int, device: bool, writable: bool
+    ) -> None:
+        super().__init__(workers)
+        self.name = name
+        self.size = size
+        self._fd = fd
+        self._device = device
+        self._inline = _inline_flags(fd)
+        self._map = ExtentMap()
+        self._flush_failed = False
+        self.abilities = Ability.MULTI_CONN
+        if writable:
+            self.abilities |= (
+                Ability.WRITE | Ability.FLUSH | Ability.TRIM | Ability.ZERO | Ability.FAST_ZERO
+            )
+
+    # --- addresses -----------------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> Sequence[Run] | None:
+        """Data as far as it is known to go; holes only after asking the kernel again."""
+        runs: list[Run] = []
+        at, end = offset, offset + length
+        while at < end:
+            entry = self._map.find(at)
+            if entry is None:
+                return None
+            _, known_end, data = entry
+            if data:
+                runs.append(FileRun(self._fd, at, known_end - at, self._inline))
+                at = known_end
+                continue
+            # This lseek does not wait for the disk: the extent was read a while ago.
+            hole_end = min(_seek(self._fd, at, os.SEEK_DATA, self.size), known_end)
+            if hole_end <= at:
+                self._map.forget(at, known_end)
+                return None
+            runs.append(ZeroRun(hole_end - at))
+            at = hole_end
+        return runs
+
+    def place(self, offset: int, length: int) -> FileRun | None:
+        """Anywhere: an overwrite of a raw file goes where it says."""
+        if Ability.WRITE not in self.abilities:
+            return None
+        return FileRun(self._fd, offset, length, self._inline)
+
+    async def load(self, offset: int, length: int) -> None:
+        """Ask the file system about this range, and a little beyond."""
+        found = await self._workers.run(self._look_up, offset, length, LOOK_AHEAD)
+        for start, span, flags in found.ranges():
+            self._map.learn(start, start + span, data=flags == DATA)
+
+    async def extents(self, offset: int, length: int) -> ExtentList:
+        """What the file system says at this moment."""
+        found = await self._workers.run(self._look_up, offset, length, 0)
+        clipped = []
+        for start, span, flags in found.ranges():
+            clipped.append((min(span, offset + length - start), flags))
+        return ExtentList(offset, clipped)
+
+    def _look_up(self, offset: int, length: int, ahead: int) -> ExtentList:
+        """SEEK_DATA and SEEK_HOLE in turn. In a worker thread."""
+        found: list[tuple[int, int]] = []
+        at, end = offset, min(offset + length, self.size)
+        horizon = min(end + ahead, self.size)
+        try:
+            while at < end or (at < horizon and len(found) < LOOK_AHEAD_EXTENTS):
+                data = _seek(self._fd, at, os.SEEK_DATA, self.size)
+                found.append((data - at, HOLE))
+                hole = _seek(self._fd, data, os.SEEK_HOLE, self.size)
+                found.append((hole - data, DATA))
+                at = hole
+                if len(found) >= MAX_EXTENTS:
+                    break
+        except OSError as error:
+            raise DiskError.from_os(f"mapping {self.name}", error, at) from error
+        return ExtentList(offset, found)
+
+    # --- changes -------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Into the page cache; durable after ``flush``."""
+        await self._change(self._write, offset, data)
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        """By fallocate; by writing zeroes only where the file system leaves no choice."""
+        self._forget(offset, length)
+        await self._change(self._zero, offset, length, punch, fast)
+        self._forget(offset, length)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Punch a hole or discard; a file system that cannot is not an error."""
+        self._forget(offset, length)
+        await self._change(self._trim, offset, length)
+        self._forget(offset, length)
+
+    async def flush(self) -> None:
+        """fdatasync; once it has failed it fails for good, since what was lost stays lost."""
+        if Ability.WRITE not in self.abilities:
+            return
+        if self._flush_failed:
+            text = f"{self.name}: an earlier flush failed and data was lost; open the image anew"
+            raise DiskError(text)
+        try:
+            await self._workers.run(os.fdatasync, self._fd)
+        except OSError as error:
+            self._flush_failed = True
+            raise DiskError.from_os(f"flushing {self.name}", error) from error
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Read ahead into the page cache, without waiting for it."""
+        advise = os.posix_fadvise
+        await self._change(advise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    async def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            await self._workers.run(os.close, fd)
+
+    async def _change(self, work: Callable[[*Ts], object], *args: *Ts) -> None:
+        try:
+            await self._workers.run(work, *args)
+        except OSError as error:
+            raise DiskError.from_os(self.name, error) from error
+
+    def _forget(self, offset: int, length: int) -> None:
+        self._map.forget(offset, offset + length)
+        self.epoch += 1
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def _zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:  # noqa: FBT001
+        method = punch_hole if punch else zero_range
+        try:
+            method(self._fd, offset, length)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            if fast:
+                raise OSError(os_errno.EOPNOTSUPP, "no faster than writing") from error
+            self._write_zeroes(offset, length)
+
+    def _write_zeroes(self, offset: int, length: int) -> None:
+        zeroes = memoryview(bytes(min(length, ZERO_CHUNK)))
+        end = offset + length
+        while offset < end:
+            offset += os.pwrite(self._fd, zeroes[: end - offset], offset)
+
+    def _trim(self, offset: int, length: int) -> None:
+        discard = discard_device if self._device else punch_hole
+        try:
+            discard(self._fd, offset, length)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+
+
+_CANNOT = frozenset({os_errno.EOPNOTSUPP, os_errno.ENOSYS, os_errno.ENOTTY, os_errno.EINVAL})
+"""What fallocate and BLKDISCARD answer where the request makes no sense to the file system;
+EINVAL is a device's answer to a range that is not whole sectors."""
+
+
+async def open_raw(path: str, workers: Workers, *, writable: bool) -> RawDisk:
+    """Open a raw image or block device; read-only unless ``writable``, and then really so.
+
+    Raises:
+        DiskError: missing, no permission, a directory, not a disk at all.
+    """
+    return await workers.run(_open, path, workers, writable)
+
+
+def _open(path: str, workers: Workers, writable: bool) -> RawDisk:  # noqa: FBT001
+    # O_NONBLOCK: opening a FIFO by mistake must not wait for its other end.
+    mode = os.O_RDWR if writable else os.O_RDONLY
+    try:
+        fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise DiskError.from_os(path, error) from error
+    try:
+        info = os.fstat(fd)
+        device = stat.S_ISBLK(info.st_mode)
+        if stat.S_ISDIR(info.st_mode):
+            raise DiskError(f"{path}: is a directory, not a disk image", os_errno.EISDIR)
+        if not device and not stat.S_ISREG(info.st_mode):
+            raise DiskError(f"{path}: neither a regular file nor a block device", os_errno.EINVAL)
+        size = os.lseek(fd, 0, os.SEEK_END) if device else info.st_size
+        return RawDisk(workers, fd, path, size=size, device=device, writable=writable)
+    except OSError as error:
+        os.close(fd)
+        raise DiskError.from_os(path, error) from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _seek(fd: int, at: int, whence: int, size: int) -> int:
+    """Next data or hole at or after ``at``; the end of the disk where there is none."""
+    try:
+        return min(os.lseek(fd, at, whence), size)
+    except OSError as error:
+        if error.errno == os_errno.ENXIO:
+            return size
+        raise
+
+
+def _inline_flags(fd: int) -> int:
+    """How this file may be read on the event loop; decided once (see ``FileRun.inline``)."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return os.RWF_NOWAIT
+    except OSError:
+        return 0 if _filesystem_of(fd) in _MEMORY_FILESYSTEMS else NEVER
+    return os.RWF_NOWAIT
+
+
+def _filesystem_of(fd: int) -> str:
+    """Type of the file system that holds ``fd``, from /proc/self/mountinfo; "" if unknown."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+        for line in table:
+            head, _, tail = line.partition(" - ")
+            if head.split()[2] == wanted:
+                return tail.split()[0]
+    return ""

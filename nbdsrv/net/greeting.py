@@ -1,0 +1,189 @@
+"""The handshake's I/O shell on the server: moves its bytes, opens exports, upgrades to TLS.
+
+The state machine is ``protocol.handshake.server``; this answers its questions. One deadline covers
+everything up to the transmission phase, so that a client which connects and stalls costs little
+and not for long (CVE-2024-7409).
+"""
+
+import ssl
+from dataclasses import dataclass, field
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.errors import DiskError
+from nbdsrv.export.exports import Catalogue, Export, export_info
+from nbdsrv.net.channel import (
+    Channel,
+    PlainChannel,
+    connect_tls,
+    until_readable,
+    until_writable,
+)
+from protocol.constants import Reply
+from protocol.handshake.events import (
+    Agreement,
+    Close,
+    Event,
+    ListExports,
+    OpenExport,
+    QueryContexts,
+    StartTls,
+    TlsMode,
+    Transmit,
+)
+from protocol.handshake.server import ServerHandshake
+
+__all__ = ["Greeting", "Rejected", "Settled"]
+
+CHUNK = 4096
+"""Bytes read at a time: handshakes are small, and idle ones should cost nothing."""
+
+
+class Rejected(ConnectionError):
+    """The handshake ended without an export. ``fault``: did the client break a rule?"""
+
+    def __init__(self, reason: str, *, fault: bool) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+@dataclass(slots=True)
+class Settled:
+    """A client that may transmit. The holder closes the channel and releases the export."""
+
+    channel: Channel
+    export: Export
+    disk: Disk
+    agreement: Agreement
+    remainder: bytes
+
+
+@dataclass(slots=True)
+class Greeting:
+    """One client's handshake."""
+
+    channel: Channel
+    catalogue: Catalogue
+    mode: TlsMode
+    context: ssl.SSLContext | None
+    machine: ServerHandshake = field(init=False)
+    _held: tuple[Export, Disk] | None = None
+
+    def __post_init__(self) -> None:
+        self.machine = ServerHandshake(self.mode)
+
+    async def settle(self) -> Settled:
+        """Run the handshake to its end.
+
+        Raises:
+            Rejected: no export was agreed on.
+            ConnectionError: the client is gone.
+
+        On any exception, cancellation included, the export is released; the channel is the
+        caller's to close.
+        """
+        try:
+            return await self._negotiate()
+        except BaseException:
+            await self._let_go()
+            raise
+
+    async def _negotiate(self) -> Settled:
+        machine = self.machine
+        scratch = memoryview(bytearray(CHUNK))
+        while True:
+            event = machine.next_event()
+            while event is not None:
+                if isinstance(event, Transmit):
+                    await self._send()
+                    return self._settled(event)
+                if isinstance(event, Close):
+                    await self._send()
+                    raise Rejected(event.reason, fault=event.fault)
+                event = await self._answer(event) or machine.next_event()
+            await self._send()
+            count = await self._receive(scratch)
+            if not count:
+                raise Rejected("client left during the handshake", fault=False)
+            machine.receive(bytes(scratch[:count]))
+
+    def _settled(self, event: Transmit) -> Settled:
+        assert self._held is not None
+        export, disk = self._held
+        self._held = None
+        return Settled(self.channel, export, disk, event.agreement, event.remainder)
+
+    async def _answer(self, event: Event) -> Event | None:
+        machine = self.machine
+        if isinstance(event, StartTls):
+            await self._send()
+            await self._upgrade()
+        elif isinstance(event, ListExports):
+            machine.list_exports(self.catalogue.listed(secure=self._may_see_all()))
+        elif isinstance(event, OpenExport):
+            return await self._open(event)
+        elif isinstance(event, QueryContexts):
+            export = self._visible(event.name)
+            if export is None:
+                return machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
+            try:
+                disk = await self._hold(export)
+            except DiskError as error:
+                return machine.refuse(Reply.ERR_PLATFORM, str(error))
+            machine.contexts(disk.contexts)
+        return None
+
+    async def _open(self, event: OpenExport) -> Event | None:
+        export = self._visible(event.name)
+        if export is None and not self._may_see_all():
+            # The same answer for what is secret and what does not exist.
+            text = f"export {event.name!r} is not served without TLS"
+            return self.machine.refuse(Reply.ERR_TLS_REQD, text)
+        if export is None:
+            return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
+        try:
+            disk = await self._hold(export)
+        except DiskError as error:
+            return self.machine.refuse(Reply.ERR_PLATFORM, str(error))
+        return self.machine.accept(export_info(export, disk))
+
+    def _may_see_all(self) -> bool:
+        return self.channel.secure or self.mode is not TlsMode.PER_EXPORT
+
+    def _visible(self, name: str) -> Export | None:
+        export = self.catalogue.find(name)
+        if export is not None and export.tls_only and not self.channel.secure:
+            return None
+        return export
+
+    async def _hold(self, export: Export) -> Disk:
+        """Open the export, keeping it until another is asked for: GO follows INFO."""
+        if self._held is not None and self._held[0] is export:
+            return self._held[1]
+        await self._let_go()
+        disk = await export.acquire()
+        self._held = (export, disk)
+        return disk
+
+    async def _let_go(self) -> None:
+        if self._held is not None:
+            export, self._held = self._held[0], None
+            await export.release()
+
+    async def _upgrade(self) -> None:
+        assert self.context is not None
+        assert isinstance(self.channel, PlainChannel)
+        self.channel = await connect_tls(self.channel, self.context)
+        self.machine.tls_started()
+
+    async def _send(self) -> None:
+        data = memoryview(self.machine.to_send())
+        while data:
+            count = self.channel.send(data)
+            data = data[count:]
+            if data:
+                await until_writable(self.channel.fileno())
+
+    async def _receive(self, scratch: memoryview) -> int:
+        while (count := self.channel.receive_into(scratch)) is None:
+            await until_readable(self.channel.fileno())
+        return count

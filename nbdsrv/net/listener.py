@@ -1,0 +1,180 @@
+"""Where clients knock: TCP, Unix sockets, sockets handed over by systemd or inetd.
+
+::
+
+    HOST:PORT  [::1]:PORT  :PORT   TCP; every address the name stands for
+    unix:PATH                      Unix socket, mode 0600 unless told otherwise
+    stdio                          one client, already connected, on standard input (inetd -w)
+    (nothing) + LISTEN_FDS         systemd socket activation, sd_listen_fds(3)
+"""
+
+import contextlib
+import errno as os_errno
+import os
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nbdsrv.errors import ConfigError, ListenError
+from protocol.constants import NBD_PORT
+
+__all__ = ["Listener", "activated_sockets", "listen", "standard_input"]
+
+BACKLOG = 1024
+"""Connections the kernel completes for us while we are busy; it caps this at somaxconn."""
+FIRST_ACTIVATED_FD = 3
+
+
+@dataclass(slots=True)
+class Listener:
+    """A listening socket, and the file to remove when it closes."""
+
+    sock: socket.socket
+    path: str | None = None
+
+    def close(self) -> None:
+        """Stop listening; remove the Unix socket we made, if it is still ours."""
+        self.sock.close()
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """(host, port), or the path of a Unix socket."""
+        name = self.sock.getsockname()
+        if self.sock.family == socket.AF_UNIX:
+            return os.fsdecode(name)
+        return str(name[0]), int(name[1])
+
+
+def listen(where: str, *, socket_mode: int = 0o600) -> list[Listener]:
+    """Listen on one address of the command line.
+
+    Raises:
+        ConfigError: the address makes no sense.
+        ListenError: it cannot be listened on; the message says what to do.
+    """
+    if where.startswith("unix:"):
+        return [_listen_unix(where.removeprefix("unix:"), socket_mode)]
+    host, port = _split(where)
+    return list(_listen_tcp(where, host, port))
+
+
+def _split(where: str) -> tuple[str | None, int]:
+    host, colon, port = where.rpartition(":")
+    if not colon or "]" in port:
+        host, port = where, str(NBD_PORT)
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--listen {where}: expected HOST:PORT, unix:PATH or stdio")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ConfigError(f"--listen {where}: write IPv6 addresses in brackets, [::1]:10809")
+    return host or None, int(port)
+
+
+def _listen_tcp(where: str, host: str | None, port: int) -> Iterator[Listener]:
+    kind = socket.SOCK_STREAM
+    try:
+        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(f"--listen {where}: {error.strerror}") from error
+    addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
+    opened: list[Listener] = []
+    for family, address in addresses:
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # Port 0: the same free port for every address of the name.
+            if not port and opened:
+                address = (address[0], opened[0].sock.getsockname()[1], *address[2:])  # noqa: PLW2901
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            sock.close()
+            for listener in opened:
+                listener.close()
+            hint = ""
+            if error.errno == os_errno.EADDRINUSE:
+                hint = "; another server uses this port, choose one with --listen HOST:PORT"
+            reason = os.strerror(error.errno or 0)
+            raise ListenError(f"cannot listen on {where}: {reason}{hint}") from error
+        opened.append(Listener(sock))
+    yield from opened
+
+
+def _listen_unix(path: str, mode: int) -> Listener:
+    if not path:
+        raise ConfigError("--listen unix: needs a path")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on unix:{path}: {_why_not(path, error)}") from error
+    finally:
+        os.umask(previous)
+    return Listener(sock, path)
+
+
+def _why_not(path: str, error: OSError) -> str:
+    if error.errno != os_errno.EADDRINUSE:
+        return str(error) if error.errno is None else os.strerror(error.errno)
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return "the file exists and is not a socket"
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1)
+        probe.connect(path)
+    except ConnectionRefusedError:
+        return "stale socket of a server that is gone; remove the file and start again"
+    except OSError:
+        pass
+    finally:
+        probe.close()
+    return "another server is listening there"
+
+
+def activated_sockets(environ: Mapping[str, str]) -> list[Listener]:
+    """The sockets systemd handed over; none if it did not mean us.
+
+    Raises:
+        ConfigError: one of them is not a listening stream socket.
+    """
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = environ.get("LISTEN_FDS", "")
+    if not count.isdigit():
+        return []
+    return [_adopt(fd) for fd in range(FIRST_ACTIVATED_FD, FIRST_ACTIVATED_FD + int(count))]
+
+
+def _adopt(fd: int) -> Listener:
+    sock = standard_socket(fd, f"LISTEN_FDS: descriptor {fd}")
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ConfigError(f"LISTEN_FDS: descriptor {fd} does not listen; use Accept=no")
+    return Listener(sock)
+
+
+def standard_input() -> socket.socket:
+    """The client inetd, or a parent with a socketpair, left on descriptor 0."""
+    return standard_socket(0, "--listen stdio: standard input")
+
+
+def standard_socket(fd: int, what: str) -> socket.socket:
+    """Descriptor ``fd`` as a stream socket; it is ours from now on."""
+    try:
+        sock = socket.socket(fileno=fd)
+        kind = sock.type
+    except OSError as error:
+        raise ConfigError(f"{what} is not a socket") from error
+    if kind != socket.SOCK_STREAM:
+        raise ConfigError(f"{what} is not a stream socket")
+    os.set_inheritable(fd, False)
+    return sock

@@ -1,0 +1,147 @@
+"""One epoll for all clients in transmission, inside the event loop.
+
+::
+
+    uvloop ── add_reader ──> epoll ──┬── client 1      on_events()
+                                     ├── client 2      on_events()
+                                     └── eventfd       Workers.complete()
+
+Why not one ``add_reader`` per client: at low queue depth a server spends its time waking up, not
+working. With every descriptor in one epoll the reactor can, after it has served somebody, look
+again for a few microseconds, see *all* clients while it does, and so delay none. It looks only
+while requests come in quick succession, and never when a thread holds work it waits for (the
+thread needs the interpreter).
+
+Rule: handlers run on the loop, never block, and bound the work of one call.
+"""
+
+import asyncio
+import select
+from collections import deque
+from time import perf_counter
+from typing import Protocol
+
+from nbdsrv.disk.workers import Workers
+from nbdsrv.net.buffers import Buffers
+
+__all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
+
+RECEIVE_SIZE = 1 << 17
+"""Bytes taken from one client at a time."""
+ARENA_SIZE = 1 << 20
+"""Bytes of replies built before they are sent."""
+
+TURN = 0.001
+"""Seconds the reactor keeps the loop while there is work; then everyone else gets a turn."""
+SPIN = 0.00005
+"""Seconds to look for the next request after a batch."""
+MAX_CREDIT = 64
+MISS_COST = 4
+"""Looking must succeed at least once in five times, or it stops until traffic is lively again."""
+
+
+class Handler(Protocol):
+    """What a descriptor in the reactor is served by."""
+
+    def on_events(self, events: int) -> None:
+        """Descriptor is ready (EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP). Must not raise."""
+
+    def resume(self) -> None:
+        """Its turn has come again (see ``Reactor.again``). Must not raise."""
+
+
+class Reactor:
+    """Serves the transmission phase of all clients of one event loop."""
+
+    def __init__(self, workers: Workers, buffers: Buffers) -> None:
+        self.workers = workers
+        self.buffers = buffers
+        self.receive = buffers.borrow(RECEIVE_SIZE)
+        self.arena = buffers.borrow(ARENA_SIZE)
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._again: deque[Handler] = deque()
+        self._again_soon = False
+        self._credit = MAX_CREDIT
+        self._epoll.register(workers.fileno(), select.EPOLLIN)
+        self._loop.add_reader(self._epoll.fileno(), self._wake)
+
+    def add(self, fd: int, handler: Handler, events: int) -> None:
+        """Serve ``fd`` from now on."""
+        self._handlers[fd] = handler
+        self._epoll.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        """Change what ``fd`` is watched for."""
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Serve ``fd`` no more; call before closing it."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def again(self, handler: Handler) -> None:
+        """Call ``handler.resume()`` once the other clients have had their turn."""
+        self._again.append(handler)
+        if not self._again_soon:
+            self._again_soon = True
+            self._loop.call_soon(self._wake)
+
+    def renew_receive(self) -> None:
+        """Somebody keeps the receive buffer (and releases it one day): take another."""
+        self.receive = self.buffers.borrow(RECEIVE_SIZE)
+
+    def renew_arena(self) -> None:
+        """Somebody keeps the arena (and releases it one day): take another."""
+        self.arena = self.buffers.borrow(ARENA_SIZE)
+
+    def close(self) -> None:
+        """Serve nobody any more. Descriptors stay their owners'."""
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+        self.buffers.release(self.receive)
+        self.buffers.release(self.arena)
+
+    def _wake(self) -> None:
+        self._again_soon = False
+        if self._epoll.closed:
+            return
+        poll = self._epoll.poll
+        events = poll(0)
+        now = perf_counter()
+        turn_ends = now + TURN
+        while True:
+            if events:
+                self._serve(events)
+            if self._again:
+                for _ in range(len(self._again)):
+                    self._again.popleft().resume()
+            now = perf_counter()
+            if now > turn_ends or self._epoll.closed:
+                break
+            if self._again:
+                events = poll(0)
+                continue
+            if self._credit <= 0 or self.workers.outstanding:
+                self._credit += 1
+                break
+            spin_ends = now + SPIN
+            while not (events := poll(0)):
+                if perf_counter() > spin_ends:
+                    self._credit -= MISS_COST
+                    return
+            if self._credit < MAX_CREDIT:
+                self._credit += 1
+        if self._again and not self._again_soon:
+            self._again_soon = True
+            self._loop.call_soon(self._wake)
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        handlers = self._handlers
+        for fd, mask in events:
+            handler = handlers.get(fd)
+            if handler is not None:
+                handler.on_events(mask)
+            elif fd == self.workers.fileno():
+                self.workers.complete()

@@ -1,0 +1,185 @@
+"""Requests that may wait: a task each, answered whenever they are done.
+
+Everything that is not in memory, not a plain overwrite, or rare: cold and mixed reads, block
+status, FLUSH, TRIM, WRITE_ZEROES, CACHE, and writes a format must place itself.
+
+Only here (and in ``transmission``, for stored writes) does an operating system's errno become the
+wire's.
+"""
+
+from collections.abc import Sequence
+
+from nbdsrv.disk.disk import Disk, read_runs
+from nbdsrv.disk.runs import FileRun, Run
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
+from nbdsrv.net.buffers import Buffer, Buffers
+from protocol.constants import Command, CommandFlag, Errno
+from protocol.errors import LocalProtocolError
+from protocol.extents import ExtentList
+from protocol.replies import ChunkEncoder, SimpleEncoder, wire_errno
+from protocol.requests import Request
+
+__all__ = ["Answer", "SlowRequests"]
+
+MAX_COMPACT = 0xFFFFFFFF
+Answer = list[tuple[memoryview | bytes, Buffer | None]]
+"""What to send, in order; a buffer is released after the part it stands beside."""
+
+
+class SlowRequests:
+    """Carries out requests against one Disk for one client."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        workers: Workers,
+        buffers: Buffers,
+        encoder: SimpleEncoder | ChunkEncoder,
+        contexts: dict[int, str],
+    ) -> None:
+        self._disk = disk
+        self._workers = workers
+        self._buffers = buffers
+        self._encoder = encoder
+        self._contexts = contexts
+
+    async def read(self, request: Request) -> Answer:
+        """READ: holes as holes where the dialect has them and DF does not forbid it."""
+        encoder = self._encoder
+        buffer = self._buffers.borrow(request.length)
+        try:
+            if isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
+                answer = await self._read_whole(request, buffer)
+            else:
+                answer = await self._read_sparse(request, buffer, encoder)
+        except BaseException:
+            self._buffers.release(buffer)
+            raise
+        answer[-1] = (answer[-1][0], buffer)
+        return answer
+
+    async def _read_whole(self, request: Request, buffer: Buffer) -> Answer:
+        """One content chunk (or simple reply), zeroes included."""
+        encoder, view = self._encoder, buffer.view(request.length)
+        cookie, at = request.cookie, request.offset
+        try:
+            await self._disk.read_into(at, view)
+        except DiskError as error:
+            return self._partial(request, view, error)
+        return [
+            (encoder.data_header(cookie, at, at, request.length, done=True), None),
+            (view, None),
+        ]
+
+    async def _read_sparse(self, request: Request, buffer: Buffer, encoder: ChunkEncoder) -> Answer:
+        """A chunk per run: data or hole."""
+        cookie, at, good = request.cookie, request.offset, request.length
+        runs = await self._disk.runs(at, good)
+        view = buffer.view(good)
+        failed: DiskError | None = None
+        try:
+            await self._workers.run(read_runs, self._disk.name, at, runs, view)
+        except DiskError as error:
+            failed = error
+            good = self._good_length(request, error)
+        answer: Answer = []
+        start = 0
+        for run in _clip(runs, good):
+            done = failed is None and start + run.length == good
+            if isinstance(run, FileRun):
+                head = encoder.data_header(cookie, at, at + start, run.length, done=done)
+                answer += [(head, None), (view[start : start + run.length], None)]
+            else:
+                hole = encoder.hole(cookie, at, at + start, run.length, done=done)
+                answer.append((hole, None))
+            start += run.length
+        if failed is not None:
+            answer.append((self.failure(request, failed), None))
+        return answer
+
+    def _partial(self, request: Request, view: memoryview, error: DiskError) -> Answer:
+        """The good part, if the dialect can tell it from the bad one, then the error."""
+        good = self._good_length(request, error)
+        answer: Answer = []
+        if good and isinstance(self._encoder, ChunkEncoder):
+            cookie, at = request.cookie, request.offset
+            head = self._encoder.data_header(cookie, at, at, good, done=False)
+            answer += [(head, None), (view[:good], None)]
+        answer.append((self.failure(request, error), None))
+        return answer
+
+    def _good_length(self, request: Request, error: DiskError) -> int:
+        if error.offset is None:
+            return 0
+        return max(0, min(error.offset - request.offset, request.length))
+
+    async def write(self, request: Request, data: memoryview) -> Answer:
+        """WRITE where the format must allocate first."""
+        await self._disk.write(request.offset, data)
+        return await self._done(request)
+
+    async def perform(self, request: Request, chosen: Sequence[int] = ()) -> Answer:
+        """Everything but READ and WRITE. ``chosen``: the payload's context ids, or all."""
+        disk, offset, length = self._disk, request.offset, request.length
+        command = Command(request.command)
+        if command is Command.BLOCK_STATUS:
+            return await self._status(request, chosen or tuple(self._contexts))
+        if command is Command.FLUSH:
+            await disk.flush()
+        elif not length:
+            pass  # unspecified by proto.md; harmless to agree
+        elif command is Command.TRIM:
+            await disk.trim(offset, length)
+        elif command is Command.CACHE:
+            await disk.cache(offset, length)
+        elif command is Command.WRITE_ZEROES:
+            punch = not request.flags & CommandFlag.NO_HOLE
+            fast = bool(request.flags & CommandFlag.FAST_ZERO)
+            await disk.zero(offset, length, punch=punch, fast=fast)
+        return await self._done(request)
+
+    async def _done(self, request: Request) -> Answer:
+        # FUA is legal on every command once offered; only changes have something to persist.
+        if request.flags & CommandFlag.FUA and request.command in _CHANGES:
+            await self._disk.flush()
+        return [(self._encoder.done(request.cookie, request.offset), None)]
+
+    async def _status(self, request: Request, chosen: Sequence[int]) -> Answer:
+        encoder, offset, length = self._encoder, request.offset, request.length
+        if isinstance(encoder, SimpleEncoder):
+            raise LocalProtocolError("block status in simple replies")
+        statuses: list[tuple[int, ExtentList]] = []
+        for context in chosen:
+            found = await self._disk.status(self._contexts[context], offset, length)
+            if request.flags & CommandFlag.REQ_ONE:
+                found = found.first()
+            statuses.append((context, found))
+        return [(chunk, None) for chunk in encoder.status(request.cookie, offset, statuses)]
+
+    def failure(self, request: Request, error: BaseException) -> bytes:
+        """The error reply for an exception; what is not a DiskError is our bug, hence EIO."""
+        number = error.errno if isinstance(error, DiskError | OSError) else None
+        errno = wire_errno(number)
+        fast = request.flags & CommandFlag.FAST_ZERO and request.command == Command.WRITE_ZEROES
+        if errno is Errno.ENOTSUP and not fast:
+            errno = Errno.EINVAL  # proto.md: without FAST_ZERO, ENOTSUP is forbidden
+        offset = error.offset if isinstance(error, DiskError) else None
+        if offset is not None and not request.offset <= offset < request.offset + request.length:
+            offset = None
+        text = str(error)
+        return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
+
+
+_CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+
+
+def _clip(runs: Sequence[Run], length: int) -> list[Run]:
+    """The runs of exactly ``length`` bytes; the last one may have reached further."""
+    clipped: list[Run] = []
+    for run in runs:
+        if length <= 0:
+            break
+        clipped.append(run._replace(length=min(run.length, length)))
+        length -= run.length
+    return clipped

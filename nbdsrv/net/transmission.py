@@ -1,0 +1,685 @@
+"""The transmission phase of one client: the heart of the server.
+
+::
+
+    socket ─recv─> receive buffer ─decode all─┬─ READ, in memory ─ preadv ─> arena ─┐
+                                              ├─ READ, large ───── sendfile ────────┤
+                                              ├─ WRITE ──────────> Workers ─────────┼─send─> socket
+                                              └─ all else, cold ─> task ────────────┘
+
+One call of ``_turn`` takes everything the client has sent, answers what needs no waiting
+straight into the shared arena, hands the rest on, and sends once. On that path there is no task,
+no await and no allocation per request.
+
+Rules:
+
+* This runs on the loop and never blocks: files are read with RWF_NOWAIT, written by threads.
+* Replies leave in the order they become ready; nothing is ever answered twice.
+* While the socket does not take what is due, nothing more is read from it.
+* After DISC (or end of stream) everything in flight is finished and sent before the close.
+"""
+
+import asyncio
+import logging
+import os
+import select
+from collections.abc import Callable, Coroutine
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.residency import MAX_PROBE, make_resident, resident
+from nbdsrv.disk.runs import NEVER, FileRun
+from nbdsrv.errors import DiskError
+from nbdsrv.net.buffers import Buffer
+from nbdsrv.net.channel import Channel
+from nbdsrv.net.outgoing import FilePart, Outgoing
+from nbdsrv.net.reactor import ARENA_SIZE, RECEIVE_SIZE, Reactor
+from nbdsrv.net.slow import Answer, SlowRequests
+from nbdsrv.net.writes import Write, WriteBatch, store
+from protocol.constants import (
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST_MAGIC,
+    Command,
+    CommandFlag,
+    Dialect,
+    Errno,
+)
+from protocol.handshake.events import Agreement
+from protocol.headers import (
+    DATA_DONE_KEY,
+    EXTENDED_DATA,
+    EXTENDED_DATA_DONE_KEY,
+    EXTENDED_READ_KEY,
+    EXTENDED_REQUEST,
+    READ_KEY,
+    REQUEST,
+    SIMPLE_OK,
+    SIMPLE_WORDS,
+    STRUCTURED_DATA,
+)
+from protocol.replies import SimpleEncoder, encoder, wire_errno
+from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules, parse_status_payload
+
+__all__ = ["Transmission"]
+
+log = logging.getLogger(__name__)
+
+LARGE = 1 << 16
+"""Bytes from which sendfile beats copying, on a plain socket."""
+SEND_AT = 160 << 10
+"""Bytes of replies after which they are sent, so that the client works while we do."""
+TURN_REQUESTS = 256
+"""Requests served before the other clients have their turn (about a millisecond)."""
+TURN_BYTES = 4 << 20
+"""Bytes sent before the other clients have their turn."""
+MAX_IN_FLIGHT = 1024
+"""Requests of one client being worked on; it may send more, they wait in its socket."""
+MAX_IN_FLIGHT_BYTES = 64 << 20
+"""Bytes those requests may move, likewise."""
+
+NO_WINDOW = (0, 0, -1, 0, 0)
+SHUTDOWN = (Errno.ESHUTDOWN, "the server is shutting down")
+
+SIMPLE, STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
+_READ = select.EPOLLIN
+_WRITE = select.EPOLLOUT
+
+
+_DATA_HEADER = {
+    Dialect.SIMPLE: SIMPLE_WORDS.size,
+    Dialect.STRUCTURED: STRUCTURED_DATA.size,
+    Dialect.EXTENDED: EXTENDED_DATA.size,
+}
+
+
+class Payload:
+    """A request whose payload is still arriving; without a buffer it is thrown away."""
+
+    __slots__ = ("buffer", "have", "length", "request")
+
+    def __init__(self, request: Request, length: int, buffer: Buffer | None) -> None:
+        self.request = request
+        self.length = length
+        self.buffer = buffer
+        self.have = 0
+
+
+class Transmission:
+    """Serves one client until it leaves. Belongs to the loop.
+
+    ``on_closed`` is called once, when the socket is closed and nothing is in flight any more.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        channel: Channel,
+        disk: Disk,
+        agreement: Agreement,
+        on_closed: Callable[[], None],
+    ) -> None:
+        self._reactor = reactor
+        self._channel = channel
+        self._disk = disk
+        self._on_closed = on_closed
+        dialect = agreement.dialect
+        self._dialect = int(dialect)
+        extended = dialect is Dialect.EXTENDED
+        self._frame = EXTENDED_REQUEST if extended else REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        self._read_key = EXTENDED_READ_KEY if extended else READ_KEY
+        self._framing = Framing(dialect)
+        self._rules = Rules(
+            size=agreement.export.size,
+            flags=agreement.flags,
+            dialect=dialect,
+            block_sizes=agreement.export.block_sizes,
+            has_contexts=bool(agreement.contexts),
+        )
+        self._context_ids = tuple(agreement.contexts)
+        self._encoder = encoder(dialect)
+        self._slow = SlowRequests(
+            disk, reactor.workers, reactor.buffers, self._encoder, agreement.contexts
+        )
+        # What the loop copies fits behind whatever it has not sent yet.
+        self._large = LARGE if not channel.secure else ARENA_SIZE - SEND_AT - 64
+        self._out = Outgoing(channel, reactor.buffers, self._warm)
+        self._left = b""
+        self._more = False
+        self._payload: Payload | None = None
+        self._batch = WriteBatch()
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting_for_memory = False
+        self._ending = False
+        self._closed = False
+        self._draining = False
+        # Where plain reads go without asking: disk range, then file and how to read it.
+        self._window = NO_WINDOW
+        self._epoch = disk.epoch
+        self._head = _DATA_HEADER[dialect]
+        self._used = 0
+        self._batch_pins_receive = False
+        self._mask = _READ
+
+    # --- life ------------------------------------------------------------------------------
+
+    def start(self, remainder: bytes = b"") -> None:
+        """Begin to serve; ``remainder`` are bytes that came with the handshake."""
+        self._left = remainder
+        self._reactor.add(self._channel.fileno(), self, self._mask)
+        if remainder or self._channel.pending():
+            self._more = True
+            self._reactor.again(self)
+
+    def drain(self) -> None:
+        """Answer what is in flight and refuse the rest with ESHUTDOWN, then close."""
+        self._draining = True
+        if not self._closed:
+            self._more = True
+            self.resume()
+            self._ending = True
+            self._after()
+
+    def abort(self) -> None:
+        """Close at once. What is in flight finishes unheard."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reactor.remove(self._channel.fileno())
+        self._out.drop()
+        if self._payload is not None and self._payload.buffer is not None:
+            self._reactor.buffers.release(self._payload.buffer)
+        self._payload = None
+        self._channel.close()
+        if not self._in_flight:
+            self._on_closed()
+
+    def on_events(self, events: int) -> None:
+        """The socket is ready."""
+        if events & (select.EPOLLERR | select.EPOLLHUP) and not events & _READ:
+            self.abort()
+            return
+        try:
+            if events & _WRITE:
+                self._out.flush()
+            if events & _READ and self._may_read():
+                self._turn()
+        except ConnectionError as error:
+            self._lost(error)
+        else:
+            self._after()
+
+    def resume(self) -> None:
+        """Go on with what was left for fairness, memory or a full socket."""
+        if self._closed:
+            return
+        try:
+            if self._may_read():
+                self._turn()
+        except ConnectionError as error:
+            self._lost(error)
+        else:
+            self._after()
+
+    def _lost(self, error: ConnectionError) -> None:
+        log.debug("session.lost reason=%s", error)
+        self.abort()
+
+    def _may_read(self) -> bool:
+        return not (
+            self._out
+            or self._ending
+            or self._closed
+            or self._waiting_for_memory
+            or self._in_flight >= MAX_IN_FLIGHT
+            or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
+        )
+
+    def _after(self) -> None:
+        """Close if all is done, else watch for what is needed next."""
+        if self._closed:
+            return
+        if self._ending and not self._in_flight and not self._out:
+            self.abort()
+            return
+        may_read = self._may_read()
+        mask = (_READ if may_read else 0) | (_WRITE if self._out.blocked else 0)
+        if mask != self._mask:
+            self._mask = mask
+            self._reactor.modify(self._channel.fileno(), mask)
+        if self._more and may_read:
+            self._more = False
+            self._reactor.again(self)
+
+    # --- receiving ---------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Take what has arrived and serve it; bounded in requests and bytes."""
+        if self._payload is not None and not self._fill_payload(self._payload):
+            self._submit_writes()
+            return
+        receive = self._reactor.receive
+        rx = receive.data
+        end = len(self._left)
+        rx[:end] = self._left
+        self._left = b""
+        if end < RECEIVE_SIZE // 2:
+            count = self._channel.receive_into(rx[end:])
+            if count == 0:
+                self._ending = True  # as good as DISC: finish what came before it
+            elif count is not None:
+                end += count
+        self._more = False
+        at = self._consume(rx, end)
+        if at < end:
+            self._left = bytes(rx[at:end])
+            self._more = self._more or end - at >= self._frame.size
+        if self._payload is not None:
+            self._fill_payload(self._payload)  # usually the rest is there already
+        self._submit_writes()
+        if self._channel.pending():
+            self._more = True
+
+    def _consume(self, rx: memoryview, end: int) -> int:
+        """Serve the requests in ``rx[:end]``; returns how far it got.
+
+        The loop body up to ``continue`` is the fast path; it is written out, because a function
+        call per request would cost a tenth of the whole.
+        """
+        unpack_from, size, read_key = self._frame.unpack_from, self._frame.size, self._read_key
+        dialect, head, large = self._dialect, self._head, self._large
+        pack_chunk, pack_simple, preadv = (
+            STRUCTURED_DATA.pack_into,
+            SIMPLE_WORDS.pack_into,
+            os.preadv,
+        )
+        if self._epoch != self._disk.epoch:
+            self._epoch = self._disk.epoch
+            self._window = NO_WINDOW
+        start, stop, fd, shift, inline = self._window
+        arena = self._reactor.arena.data
+        at = used = sent = requests = 0
+        while end - at >= size:
+            key, cookie, offset, length = unpack_from(rx, at)
+            requests += 1
+            if (
+                key == read_key
+                and start <= offset
+                and offset + length <= stop
+                and 0 < length < large
+            ):
+                data = used + head
+                after = data + length
+                try:
+                    count = preadv(fd, (arena[data:after],), offset + shift, inline)
+                except OSError:
+                    count = -1
+                if count == length:
+                    if dialect == STRUCTURED:
+                        pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
+                    elif dialect == SIMPLE:
+                        pack_simple(arena, used, SIMPLE_OK, cookie)
+                    else:
+                        EXTENDED_DATA.pack_into(
+                            arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
+                        )
+                    used = after
+                    at += size
+                    if used < SEND_AT and requests < TURN_REQUESTS:
+                        continue
+                    sent += used
+                    if not self._push(used):
+                        return at
+                    used = 0
+                    if requests >= TURN_REQUESTS or sent > TURN_BYTES:
+                        self._more = True
+                        return at
+                    continue
+            self._used = used
+            after = self._general(
+                rx,
+                at,
+                end,
+                Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length),
+                key >> 32,
+            )
+            used = self._used
+            if after < 0:
+                break
+            at = after
+            if not self._may_read() or requests >= TURN_REQUESTS:
+                self._more = True
+                break
+            start, stop, fd, shift, inline = self._window
+            arena = self._reactor.arena.data
+        if used:
+            self._push(used)
+        return at
+
+    def _general(self, rx: memoryview, at: int, end: int, request: Request, magic: int) -> int:
+        """Serve any request; returns where the next one begins, or -1 to come back to this one."""
+        if magic != self._magic:
+            self._push(self._used)
+            raise ConnectionError(f"bad request magic {magic:#x}")
+        body = at + self._frame.size
+        if request.command == Command.DISC:
+            self._ending = True
+            return end
+        length = self._framing.payload_length(request)
+        if length > MAX_PAYLOAD:
+            self._refuse(request, Errno.EINVAL, f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
+            self._ending = True
+            return end
+        refusal = self._rules.check(request) if not self._draining else SHUTDOWN
+        if refusal is not None:
+            self._refuse(request, *refusal)
+            if length > end - body:
+                self._payload = Payload(request, length - (end - body), None)
+                return end
+            return body + length
+        if length:
+            return self._receive_payload(request, rx, body, end)
+        if request.command == Command.READ:
+            self._read(request)
+        elif request.command == Command.WRITE:
+            self._emit(self._encoder.done(request.cookie, request.offset))
+        else:
+            self._start(request, self._slow.perform(request))
+        return body
+
+    # --- payloads ------------------------------------------------------------------------------
+
+    def _receive_payload(self, request: Request, rx: memoryview, body: int, end: int) -> int:
+        length, have = request.length, end - body
+        if length <= have:
+            self._with_payload(request, rx[body : body + length], None)
+            return body + length
+        buffers = self._reactor.buffers
+        if not buffers.affords(length):
+            self._waiting_for_memory = True
+            buffers.when_affordable(self._memory_is_back)
+            return -1
+        payload = Payload(request, length, buffers.borrow(length))
+        assert payload.buffer is not None
+        payload.buffer.data[:have] = rx[body:end]
+        payload.have = have
+        self._payload = payload
+        return end
+
+    def _memory_is_back(self) -> None:
+        # Not now: this is called in the middle of somebody else's turn.
+        self._waiting_for_memory = False
+        self._more = True
+        if not self._closed:
+            self._reactor.again(self)
+
+    def _fill_payload(self, payload: Payload) -> bool:
+        """Receive straight into the payload's buffer; True once it is complete."""
+        buffer = payload.buffer
+        while payload.have < payload.length:
+            missing = payload.length - payload.have
+            if buffer is not None:
+                view = buffer.data[payload.have : payload.length]
+            else:
+                view = self._reactor.receive.data[:missing]
+            count = self._channel.receive_into(view)
+            if count is None:
+                return False
+            if not count:
+                raise ConnectionError("the client left in the middle of a request")
+            payload.have += count
+        self._payload = None
+        if buffer is not None:
+            self._with_payload(payload.request, buffer.view(payload.length), buffer)
+        return True
+
+    def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
+        """The payload is here; without ``owner`` it lies in the shared receive buffer."""
+        if request.command == Command.WRITE:
+            run = self._disk.place(request.offset, request.length)
+            if run is None:
+                self._write_slowly(request, data, owner)
+                return
+            durable = bool(request.flags & CommandFlag.FUA)
+            self._batch.add(Write(request.cookie, request.offset, run, data, durable))
+            if owner is None:
+                self._batch_pins_receive = True
+            else:
+                self._batch.owners.append(owner)
+            return
+        self._filtered_status(request, bytes(data))
+        if owner is not None:
+            self._reactor.buffers.release(owner)
+
+    def _filtered_status(self, request: Request, payload: bytes) -> None:
+        parsed = parse_status_payload(payload, self._context_ids)
+        if parsed is None:
+            self._refuse(request, Errno.EINVAL, "malformed list of meta contexts")
+            return
+        length, chosen = parsed
+        refusal = self._rules.check_range(Command.BLOCK_STATUS, request.offset, length)
+        if refusal is not None:
+            self._refuse(request, *refusal)
+            return
+        effect = Request(request.command, request.flags, request.cookie, request.offset, length)
+        self._start(effect, self._slow.perform(effect, chosen))
+
+    def _write_slowly(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
+        if owner is None:
+            owner = self._reactor.buffers.borrow(request.length)
+            owner.data[: request.length] = data
+        self._start(request, self._slow.write(request, owner.view(request.length)), owner)
+
+    def _submit_writes(self) -> None:
+        batch = self._batch
+        if not batch.writes:
+            return
+        self._batch = WriteBatch()
+        if self._batch_pins_receive:
+            self._batch_pins_receive = False
+            batch.owners.append(self._reactor.receive)
+            self._reactor.renew_receive()
+        self._in_flight += len(batch.writes)
+        self._in_flight_bytes += batch.length
+        self._reactor.workers.submit(store, batch.writes, done=partial(self._stored, batch))
+
+    def _stored(
+        self, batch: WriteBatch, results: list[OSError | None], error: BaseException | None
+    ) -> None:
+        writes = batch.writes
+        self._in_flight -= len(writes)
+        self._in_flight_bytes -= batch.length
+        if error is not None:
+            log.error("session.bug while storing", exc_info=error)
+            results = [OSError()] * len(writes)
+        replies = []
+        for write, failure in zip(writes, results, strict=True):
+            if failure is None:
+                replies.append(self._encoder.done(write.cookie, write.offset))
+            else:
+                text = f"writing {self._disk.name}: {failure.strerror}"
+                errno = wire_errno(failure.errno)
+                replies.append(self._encoder.error(write.cookie, write.offset, errno, text))
+        writes.clear()
+        for owner in batch.owners:
+            self._reactor.buffers.release(owner)
+        self._deliver([(b"".join(replies), None)])
+
+    # --- reads -----------------------------------------------------------------------------------
+
+    def _read(self, request: Request) -> None:
+        """A READ the loop did not serve: outside the window, large, cold, sparse or empty."""
+        cookie, at, length = request.cookie, request.offset, request.length
+        if not length:
+            self._emit(self._encoder.done(cookie, at))
+            return
+        start, stop, *_ = self._window
+        if at < start or at + length > stop:
+            runs = self._disk.locate(at, length)
+            first = runs[0] if runs else None
+            if first is None or first.length < length:
+                self._start(request, self._slow.read(request))
+                return
+            if not isinstance(first, FileRun):
+                self._read_zeroes(request)
+                return
+            if first.inline == NEVER:
+                self._start(request, self._slow.read(request))
+                return
+            shift = first.position - at
+            self._window = (at, at + first.length, first.fd, shift, first.inline)
+        if length >= self._large and not self._channel.secure:
+            served = self._send_file(request)
+        else:
+            served = self._copy(request)
+        if not served:
+            self._start(request, self._slow.read(request))
+
+    def _read_zeroes(self, request: Request) -> None:
+        encoder = self._encoder
+        if isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
+            self._start(request, self._slow.read(request))
+            return
+        at = request.offset
+        self._emit(encoder.hole(request.cookie, at, at, request.length, done=True))
+
+    def _copy(self, request: Request) -> bool:
+        """Read into the arena if that is possible now."""
+        cookie, at, length = request.cookie, request.offset, request.length
+        header = self._encoder.data_header(cookie, at, at, length, done=True)
+        total = len(header) + length
+        if total > ARENA_SIZE or not self._make_room(total):
+            return False
+        arena = self._reactor.arena.data
+        begin = self._used + len(header)
+        _, _, fd, shift, inline = self._window
+        try:
+            count = os.preadv(fd, (arena[begin : begin + length],), at + shift, inline)
+        except OSError:
+            return False
+        if count != length:
+            return False
+        arena[self._used : begin] = header
+        self._used = begin + length
+        return True
+
+    def _send_file(self, request: Request) -> bool:
+        """Send straight from the page cache if all of it is there."""
+        cookie, at, length = request.cookie, request.offset, request.length
+        _, _, fd, shift, inline = self._window
+        if length > MAX_PROBE or not resident(fd, at + shift, length, inline):
+            return False
+        encoder = self._encoder
+        tail, apology = b"", None
+        if not isinstance(encoder, SimpleEncoder):
+            # Not DONE: until the last byte is out, the file may still turn out too short.
+            tail = encoder.done(cookie, at)
+            apology = encoder.error(cookie, at, Errno.EIO, f"{self._disk.name} was truncated")
+        self._emit(encoder.data_header(cookie, at, at, length, done=False))
+        part = FilePart(fd, at + shift, length, inline, monotonic(), tail, apology)
+        if self._push(self._used, more=True) and self._out.send_now(part):
+            self._used = 0
+            self._emit(tail)
+        return True
+
+    def _warm(self, part: FilePart) -> None:
+        """What waited for the client to read on has left the page cache meanwhile."""
+        self._in_flight += 1
+        run = FileRun(part.fd, part.position, part.length, part.inline)
+        self._reactor.workers.submit(make_resident, run, done=self._warmed)
+
+    def _warmed(self, _result: object, _error: BaseException | None) -> None:
+        self._in_flight -= 1
+        self._out.warmed()
+        self._deliver([])
+
+    # --- replies -----------------------------------------------------------------------------------
+
+    def _start(
+        self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
+    ) -> None:
+        """Have a task carry out ``request``; ``owner`` is released when it has."""
+        self._in_flight += 1
+        moved = request.length if request.command in _MOVING else 0
+        self._in_flight_bytes += moved
+        task = asyncio.get_running_loop().create_task(self._perform(request, work, owner, moved))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _perform(
+        self,
+        request: Request,
+        work: Coroutine[Any, Any, Answer],
+        owner: Buffer | None,
+        moved: int,
+    ) -> None:
+        try:
+            answer = await work
+        except Exception as error:
+            if not isinstance(error, DiskError | OSError):
+                log.exception("session.bug in request %s", request)
+            answer = [(self._slow.failure(request, error), None)]
+        if owner is not None:
+            self._reactor.buffers.release(owner)
+        self._in_flight -= 1
+        self._in_flight_bytes -= moved
+        self._deliver(answer)
+
+    def _deliver(self, answer: Answer) -> None:
+        """Send what became ready outside a turn."""
+        for data, owner in answer:
+            if not self._closed:
+                self._out.add(data, owner)
+            elif owner is not None:
+                self._reactor.buffers.release(owner)
+        if self._closed:
+            if not self._in_flight:
+                self._on_closed()
+            return
+        try:
+            self._out.flush()
+        except ConnectionError as error:
+            self._lost(error)
+        else:
+            self._after()
+
+    def _refuse(self, request: Request, errno: Errno, text: str) -> None:
+        self._emit(self._encoder.error(request.cookie, request.offset, errno, text))
+
+    def _emit(self, data: bytes) -> None:
+        """A reply built elsewhere joins those in the arena."""
+        if not self._make_room(len(data)):
+            self._out.add(data)
+            return
+        used = self._used
+        self._reactor.arena.data[used : used + len(data)] = data
+        self._used = used + len(data)
+
+    def _make_room(self, length: int) -> bool:
+        """See to ``length`` free bytes in the arena; False if the socket is full."""
+        if self._used + length > ARENA_SIZE:
+            self._push(self._used)
+        return not self._out
+
+    def _push(self, used: int, *, more: bool = False) -> bool:
+        """Send the arena's first ``used`` bytes; False if the client must read first."""
+        self._used = 0
+        reactor = self._reactor
+        if self._out:
+            # Something slow is still being sent: keep the order.
+            self._out.add(bytes(reactor.arena.data[:used]))
+            return False
+        view = reactor.arena.data[:used]
+        sent = self._channel.send(view, more=more)
+        if sent == used:
+            return True
+        self._out.add(view[sent:], reactor.arena)
+        reactor.renew_arena()
+        return False
+
+
+_MOVING = frozenset({Command.READ, Command.WRITE})
