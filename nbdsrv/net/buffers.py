@@ -11,8 +11,10 @@ than everything else about a read; so buffers are kept and lent again. When the 
 borrower is told to wait, which stops it from reading its socket: that is the back-pressure.
 """
 
+import asyncio
 from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 
 __all__ = ["DEFAULT_BUDGET", "Buffer", "Buffers"]
 
@@ -61,11 +63,26 @@ class Buffers:
         return Buffer(size)
 
     def affords(self, length: int) -> bool:
-        """May ``length`` more bytes be lent? A lone borrower always may, however much it wants."""
-        return not self.lent or self.lent + length <= self.budget
+        """May ``length`` more bytes be lent?
+
+        A lone borrower always may, since a budget is at least twice the largest request.
+        """
+        return self.lent + length <= self.budget
+
+    @property
+    def contended(self) -> bool:
+        """Is somebody waiting for memory?"""
+        return bool(self._waiting)
+
+    async def afford(self, length: int) -> None:
+        """Wait until ``length`` more bytes may be lent."""
+        while not self.affords(length):
+            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.when_affordable(partial(_wake, ready))
+            await ready
 
     def when_affordable(self, resume: Callable[[], None]) -> None:
-        """Call ``resume`` once something has been given back; first come, first served."""
+        """Call ``resume``, from within somebody's ``release``, once half of it is back."""
         self._waiting.append(resume)
 
     def release(self, buffer: Buffer) -> None:
@@ -78,3 +95,8 @@ class Buffers:
             waiting, self._waiting = self._waiting, deque()
             for resume in waiting:
                 resume()
+
+
+def _wake(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)

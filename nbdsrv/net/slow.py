@@ -47,6 +47,7 @@ class SlowRequests:
     async def read(self, request: Request) -> Answer:
         """READ: holes as holes where the dialect has them and DF does not forbid it."""
         encoder = self._encoder
+        await self._buffers.afford(request.length)
         buffer = self._buffers.borrow(request.length)
         try:
             if isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF:

@@ -21,21 +21,21 @@ Rules:
 
 import asyncio
 import logging
-import os
 import select
 from collections.abc import Callable, Coroutine
 from functools import partial
-from time import monotonic
 from typing import Any
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.residency import MAX_PROBE, make_resident, resident
-from nbdsrv.disk.runs import NEVER, FileRun
+from nbdsrv.disk.residency import make_resident
+from nbdsrv.disk.runs import FileRun
 from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
-from nbdsrv.net.outgoing import FilePart, Outgoing
-from nbdsrv.net.reactor import ARENA_SIZE, RECEIVE_SIZE, Reactor
+from nbdsrv.net.outgoing import FilePart
+from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
+from nbdsrv.net.reads import Reads
+from nbdsrv.net.sender import Sender
 from nbdsrv.net.slow import Answer, SlowRequests
 from nbdsrv.net.writes import Write, WriteBatch, store
 from protocol.constants import (
@@ -48,50 +48,30 @@ from protocol.constants import (
 )
 from protocol.handshake.events import Agreement
 from protocol.headers import (
-    DATA_DONE_KEY,
-    EXTENDED_DATA,
-    EXTENDED_DATA_DONE_KEY,
-    EXTENDED_READ_KEY,
     EXTENDED_REQUEST,
-    READ_KEY,
     REQUEST,
-    SIMPLE_OK,
-    SIMPLE_WORDS,
-    STRUCTURED_DATA,
 )
-from protocol.replies import SimpleEncoder, encoder, wire_errno
+from protocol.replies import encoder, wire_errno
 from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules, parse_status_payload
 
 __all__ = ["Transmission"]
 
 log = logging.getLogger(__name__)
 
-LARGE = 1 << 16
-"""Bytes from which sendfile beats copying, on a plain socket."""
-SEND_AT = 160 << 10
-"""Bytes of replies after which they are sent, so that the client works while we do."""
-TURN_REQUESTS = 256
-"""Requests served before the other clients have their turn (about a millisecond)."""
-TURN_BYTES = 4 << 20
-"""Bytes sent before the other clients have their turn."""
 MAX_IN_FLIGHT = 1024
 """Requests of one client being worked on; it may send more, they wait in its socket."""
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Bytes those requests may move, likewise."""
 
-NO_WINDOW = (0, 0, -1, 0, 0)
+TURN_REQUESTS = 256
+"""Requests served before the other clients have their turn (about a millisecond)."""
+STALL_S = 30.0
+"""Seconds a client may sit on a half-sent payload while others wait for memory."""
+
 SHUTDOWN = (Errno.ESHUTDOWN, "the server is shutting down")
 
-SIMPLE, STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
-
-
-_DATA_HEADER = {
-    Dialect.SIMPLE: SIMPLE_WORDS.size,
-    Dialect.STRUCTURED: STRUCTURED_DATA.size,
-    Dialect.EXTENDED: EXTENDED_DATA.size,
-}
 
 
 class Payload:
@@ -125,11 +105,9 @@ class Transmission:
         self._disk = disk
         self._on_closed = on_closed
         dialect = agreement.dialect
-        self._dialect = int(dialect)
         extended = dialect is Dialect.EXTENDED
         self._frame = EXTENDED_REQUEST if extended else REQUEST
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
-        self._read_key = EXTENDED_READ_KEY if extended else READ_KEY
         self._framing = Framing(dialect)
         self._rules = Rules(
             size=agreement.export.size,
@@ -143,9 +121,8 @@ class Transmission:
         self._slow = SlowRequests(
             disk, reactor.workers, reactor.buffers, self._encoder, agreement.contexts
         )
-        # What the loop copies fits behind whatever it has not sent yet.
-        self._large = LARGE if not channel.secure else ARENA_SIZE - SEND_AT - 64
-        self._out = Outgoing(channel, reactor.buffers, self._warm)
+        self._sender = Sender(reactor, channel, self._warm)
+        self._reads = Reads(disk, self._sender, self._encoder, dialect, secure=channel.secure)
         self._left = b""
         self._more = False
         self._payload: Payload | None = None
@@ -154,14 +131,10 @@ class Transmission:
         self._in_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting_for_memory = False
+        self._end_of_stream = False
         self._ending = False
         self._closed = False
         self._draining = False
-        # Where plain reads go without asking: disk range, then file and how to read it.
-        self._window = NO_WINDOW
-        self._epoch = disk.epoch
-        self._head = _DATA_HEADER[dialect]
-        self._used = 0
         self._batch_pins_receive = False
         self._mask = _READ
 
@@ -190,10 +163,13 @@ class Transmission:
             return
         self._closed = True
         self._reactor.remove(self._channel.fileno())
-        self._out.drop()
+        self._sender.out.drop()
         if self._payload is not None and self._payload.buffer is not None:
             self._reactor.buffers.release(self._payload.buffer)
         self._payload = None
+        for owner in self._batch.owners:
+            self._reactor.buffers.release(owner)
+        self._batch = WriteBatch()
         self._channel.close()
         if not self._in_flight:
             self._on_closed()
@@ -205,10 +181,10 @@ class Transmission:
             return
         try:
             if events & _WRITE:
-                self._out.flush()
+                self._sender.out.flush()
             if events & _READ and self._may_read():
                 self._turn()
-        except ConnectionError as error:
+        except Exception as error:  # noqa: BLE001 - the reactor serves others
             self._lost(error)
         else:
             self._after()
@@ -220,18 +196,21 @@ class Transmission:
         try:
             if self._may_read():
                 self._turn()
-        except ConnectionError as error:
+        except Exception as error:  # noqa: BLE001 - the reactor serves others
             self._lost(error)
         else:
             self._after()
 
-    def _lost(self, error: ConnectionError) -> None:
-        log.debug("session.lost reason=%s", error)
+    def _lost(self, error: Exception) -> None:
+        if isinstance(error, OSError):
+            log.info("session.lost reason=%s", error)
+        else:
+            log.error("session.bug", exc_info=error)
         self.abort()
 
     def _may_read(self) -> bool:
         return not (
-            self._out
+            self._sender.out
             or self._ending
             or self._closed
             or self._waiting_for_memory
@@ -243,11 +222,11 @@ class Transmission:
         """Close if all is done, else watch for what is needed next."""
         if self._closed:
             return
-        if self._ending and not self._in_flight and not self._out:
+        if self._ending and not self._in_flight and not self._sender.out:
             self.abort()
             return
         may_read = self._may_read()
-        mask = (_READ if may_read else 0) | (_WRITE if self._out.blocked else 0)
+        mask = (_READ if may_read else 0) | (_WRITE if self._sender.out.blocked else 0)
         if mask != self._mask:
             self._mask = mask
             self._reactor.modify(self._channel.fileno(), mask)
@@ -265,105 +244,55 @@ class Transmission:
         receive = self._reactor.receive
         rx = receive.data
         end = len(self._left)
-        rx[:end] = self._left
-        self._left = b""
-        if end < RECEIVE_SIZE // 2:
+        if end:
+            rx[:end] = self._left
+            self._left = b""
+        if end < RECEIVE_SIZE // 2 and not self._end_of_stream:
             count = self._channel.receive_into(rx[end:])
             if count == 0:
-                self._ending = True  # as good as DISC: finish what came before it
+                self._end_of_stream = True
             elif count is not None:
                 end += count
-        self._more = False
         at = self._consume(rx, end)
+        self._more = end - at >= self._frame.size
         if at < end:
             self._left = bytes(rx[at:end])
-            self._more = self._more or end - at >= self._frame.size
-        if self._payload is not None:
-            self._fill_payload(self._payload)  # usually the rest is there already
+        if self._end_of_stream and not self._more:
+            self._ending = True  # as good as DISC: what came before it is finished
+        if self._payload is not None and not self._fill_payload(self._payload):
+            self._watch(self._payload, self._payload.have)
         self._submit_writes()
         if self._channel.pending():
             self._more = True
 
     def _consume(self, rx: memoryview, end: int) -> int:
-        """Serve the requests in ``rx[:end]``; returns how far it got.
-
-        The loop body up to ``continue`` is the fast path; it is written out, because a function
-        call per request would cost a tenth of the whole.
-        """
-        unpack_from, size, read_key = self._frame.unpack_from, self._frame.size, self._read_key
-        dialect, head, large = self._dialect, self._head, self._large
-        pack_chunk, pack_simple, preadv = (
-            STRUCTURED_DATA.pack_into,
-            SIMPLE_WORDS.pack_into,
-            os.preadv,
-        )
-        if self._epoch != self._disk.epoch:
-            self._epoch = self._disk.epoch
-            self._window = NO_WINDOW
-        start, stop, fd, shift, inline = self._window
-        arena = self._reactor.arena.data
-        at = used = sent = requests = 0
-        while end - at >= size:
-            key, cookie, offset, length = unpack_from(rx, at)
+        """Serve the requests in ``rx[:end]``; returns how far it got."""
+        unpack_from, size = self._frame.unpack_from, self._frame.size
+        reads, sender = self._reads, self._sender
+        at = requests = 0
+        while end - at >= size and requests < TURN_REQUESTS:
+            if not self._draining:
+                before = at
+                at = reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
+                requests += (at - before) // size
+                if sender.out or end - at < size or requests >= TURN_REQUESTS:
+                    break
             requests += 1
-            if (
-                key == read_key
-                and start <= offset
-                and offset + length <= stop
-                and 0 < length < large
-            ):
-                data = used + head
-                after = data + length
-                try:
-                    count = preadv(fd, (arena[data:after],), offset + shift, inline)
-                except OSError:
-                    count = -1
-                if count == length:
-                    if dialect == STRUCTURED:
-                        pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
-                    elif dialect == SIMPLE:
-                        pack_simple(arena, used, SIMPLE_OK, cookie)
-                    else:
-                        EXTENDED_DATA.pack_into(
-                            arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
-                        )
-                    used = after
-                    at += size
-                    if used < SEND_AT and requests < TURN_REQUESTS:
-                        continue
-                    sent += used
-                    if not self._push(used):
-                        return at
-                    used = 0
-                    if requests >= TURN_REQUESTS or sent > TURN_BYTES:
-                        self._more = True
-                        return at
-                    continue
-            self._used = used
-            after = self._general(
-                rx,
-                at,
-                end,
-                Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length),
-                key >> 32,
-            )
-            used = self._used
+            key, cookie, offset, length = unpack_from(rx, at)
+            request = Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length)
+            after = self._general(rx, at, end, request, key >> 32)
             if after < 0:
                 break
             at = after
-            if not self._may_read() or requests >= TURN_REQUESTS:
-                self._more = True
+            if not self._may_read():
                 break
-            start, stop, fd, shift, inline = self._window
-            arena = self._reactor.arena.data
-        if used:
-            self._push(used)
+        sender.push()
         return at
 
     def _general(self, rx: memoryview, at: int, end: int, request: Request, magic: int) -> int:
         """Serve any request; returns where the next one begins, or -1 to come back to this one."""
         if magic != self._magic:
-            self._push(self._used)
+            self._sender.push()
             raise ConnectionError(f"bad request magic {magic:#x}")
         body = at + self._frame.size
         if request.command == Command.DISC:
@@ -384,9 +313,10 @@ class Transmission:
         if length:
             return self._receive_payload(request, rx, body, end)
         if request.command == Command.READ:
-            self._read(request)
+            if not self._reads.read(request):
+                self._start(request, self._slow.read(request))
         elif request.command == Command.WRITE:
-            self._emit(self._encoder.done(request.cookie, request.offset))
+            self._sender.emit(self._encoder.done(request.cookie, request.offset))
         else:
             self._start(request, self._slow.perform(request))
         return body
@@ -436,6 +366,18 @@ class Transmission:
         if buffer is not None:
             self._with_payload(payload.request, buffer.view(payload.length), buffer)
         return True
+
+    def _watch(self, payload: Payload, had: int) -> None:
+        """See that a client which stalls does not keep memory from those who wait for it."""
+        asyncio.get_running_loop().call_later(STALL_S, self._check_stall, payload, had)
+
+    def _check_stall(self, payload: Payload, had: int) -> None:
+        if self._payload is not payload:
+            return
+        if payload.have == had and self._reactor.buffers.contended:
+            self._lost(ConnectionError(f"payload stalled for {STALL_S:g} s"))
+            return
+        self._watch(payload, payload.have)
 
     def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
         """The payload is here; without ``owner`` it lies in the shared receive buffer."""
@@ -509,82 +451,7 @@ class Transmission:
             self._reactor.buffers.release(owner)
         self._deliver([(b"".join(replies), None)])
 
-    # --- reads -----------------------------------------------------------------------------------
-
-    def _read(self, request: Request) -> None:
-        """A READ the loop did not serve: outside the window, large, cold, sparse or empty."""
-        cookie, at, length = request.cookie, request.offset, request.length
-        if not length:
-            self._emit(self._encoder.done(cookie, at))
-            return
-        start, stop, *_ = self._window
-        if at < start or at + length > stop:
-            runs = self._disk.locate(at, length)
-            first = runs[0] if runs else None
-            if first is None or first.length < length:
-                self._start(request, self._slow.read(request))
-                return
-            if not isinstance(first, FileRun):
-                self._read_zeroes(request)
-                return
-            if first.inline == NEVER:
-                self._start(request, self._slow.read(request))
-                return
-            shift = first.position - at
-            self._window = (at, at + first.length, first.fd, shift, first.inline)
-        if length >= self._large and not self._channel.secure:
-            served = self._send_file(request)
-        else:
-            served = self._copy(request)
-        if not served:
-            self._start(request, self._slow.read(request))
-
-    def _read_zeroes(self, request: Request) -> None:
-        encoder = self._encoder
-        if isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
-            self._start(request, self._slow.read(request))
-            return
-        at = request.offset
-        self._emit(encoder.hole(request.cookie, at, at, request.length, done=True))
-
-    def _copy(self, request: Request) -> bool:
-        """Read into the arena if that is possible now."""
-        cookie, at, length = request.cookie, request.offset, request.length
-        header = self._encoder.data_header(cookie, at, at, length, done=True)
-        total = len(header) + length
-        if total > ARENA_SIZE or not self._make_room(total):
-            return False
-        arena = self._reactor.arena.data
-        begin = self._used + len(header)
-        _, _, fd, shift, inline = self._window
-        try:
-            count = os.preadv(fd, (arena[begin : begin + length],), at + shift, inline)
-        except OSError:
-            return False
-        if count != length:
-            return False
-        arena[self._used : begin] = header
-        self._used = begin + length
-        return True
-
-    def _send_file(self, request: Request) -> bool:
-        """Send straight from the page cache if all of it is there."""
-        cookie, at, length = request.cookie, request.offset, request.length
-        _, _, fd, shift, inline = self._window
-        if length > MAX_PROBE or not resident(fd, at + shift, length, inline):
-            return False
-        encoder = self._encoder
-        tail, apology = b"", None
-        if not isinstance(encoder, SimpleEncoder):
-            # Not DONE: until the last byte is out, the file may still turn out too short.
-            tail = encoder.done(cookie, at)
-            apology = encoder.error(cookie, at, Errno.EIO, f"{self._disk.name} was truncated")
-        self._emit(encoder.data_header(cookie, at, at, length, done=False))
-        part = FilePart(fd, at + shift, length, inline, monotonic(), tail, apology)
-        if self._push(self._used, more=True) and self._out.send_now(part):
-            self._used = 0
-            self._emit(tail)
-        return True
+    # --- files that must be read in again ------------------------------------------------------
 
     def _warm(self, part: FilePart) -> None:
         """What waited for the client to read on has left the page cache meanwhile."""
@@ -594,7 +461,7 @@ class Transmission:
 
     def _warmed(self, _result: object, _error: BaseException | None) -> None:
         self._in_flight -= 1
-        self._out.warmed()
+        self._sender.out.warmed()
         self._deliver([])
 
     # --- replies -----------------------------------------------------------------------------------
@@ -633,7 +500,7 @@ class Transmission:
         """Send what became ready outside a turn."""
         for data, owner in answer:
             if not self._closed:
-                self._out.add(data, owner)
+                self._sender.out.add(data, owner)
             elif owner is not None:
                 self._reactor.buffers.release(owner)
         if self._closed:
@@ -641,45 +508,14 @@ class Transmission:
                 self._on_closed()
             return
         try:
-            self._out.flush()
-        except ConnectionError as error:
+            self._sender.out.flush()
+        except OSError as error:
             self._lost(error)
         else:
             self._after()
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:
-        self._emit(self._encoder.error(request.cookie, request.offset, errno, text))
-
-    def _emit(self, data: bytes) -> None:
-        """A reply built elsewhere joins those in the arena."""
-        if not self._make_room(len(data)):
-            self._out.add(data)
-            return
-        used = self._used
-        self._reactor.arena.data[used : used + len(data)] = data
-        self._used = used + len(data)
-
-    def _make_room(self, length: int) -> bool:
-        """See to ``length`` free bytes in the arena; False if the socket is full."""
-        if self._used + length > ARENA_SIZE:
-            self._push(self._used)
-        return not self._out
-
-    def _push(self, used: int, *, more: bool = False) -> bool:
-        """Send the arena's first ``used`` bytes; False if the client must read first."""
-        self._used = 0
-        reactor = self._reactor
-        if self._out:
-            # Something slow is still being sent: keep the order.
-            self._out.add(bytes(reactor.arena.data[:used]))
-            return False
-        view = reactor.arena.data[:used]
-        sent = self._channel.send(view, more=more)
-        if sent == used:
-            return True
-        self._out.add(view[sent:], reactor.arena)
-        reactor.renew_arena()
-        return False
+        self._sender.emit(self._encoder.error(request.cookie, request.offset, errno, text))
 
 
 _MOVING = frozenset({Command.READ, Command.WRITE})

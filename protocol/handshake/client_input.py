@@ -11,7 +11,13 @@ Source: proto.md, "Handshake". Whatever is cut short waits for more; what is wro
 the first byte that makes it so, before anything behind it is waited for.
 """
 
-from protocol.constants import IHAVEOPT, NBDMAGIC, OLDSTYLE_MAGIC, HandshakeFlag
+from protocol.constants import (
+    IHAVEOPT,
+    NBDMAGIC,
+    OLDSTYLE_MAGIC,
+    OPTION_REPLY_MAGIC,
+    HandshakeFlag,
+)
 from protocol.errors import RemoteProtocolError
 from protocol.handshake import option_replies
 from protocol.handshake.client_states import ASKS, Input, Signal, State, signal_of
@@ -22,6 +28,8 @@ __all__ = ["EXPORT_NAME_SIZE", "ServerInput"]
 GREETING_SIZE = 18
 OLDSTYLE_SIZE = 152
 EXPORT_NAME_SIZE = 10
+GREETING_MAGIC = NBDMAGIC.to_bytes(8, "big")
+REPLY_MAGIC = OPTION_REPLY_MAGIC.to_bytes(8, "big")
 
 
 class ServerInput:
@@ -60,8 +68,7 @@ class ServerInput:
 
     def _take_greeting(self) -> Input | None:
         head = bytes(self._buffer[:16])
-        expected = NBDMAGIC.to_bytes(8, "big")
-        if not expected.startswith(head[:8]):
+        if not GREETING_MAGIC.startswith(head[:8]):
             raise RemoteProtocolError(f"not an NBD server: it begins {head!r}")
         if len(head) < 16:
             return None
@@ -78,6 +85,9 @@ class ServerInput:
 
     def _take_reply(self, state: State) -> Input | None:
         if self._header is None:
+            head = bytes(self._buffer[:8])
+            if not REPLY_MAGIC.startswith(head):
+                raise RemoteProtocolError(f"option reply with wrong magic, it begins {head!r}")
             data = self._take_bytes(option_replies.HEADER_SIZE)
             if data is None:
                 return None

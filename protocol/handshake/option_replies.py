@@ -25,7 +25,6 @@ from construct import ConstructError
 from protocol.constants import (
     MAX_OPTION_LENGTH,
     MAX_STRING,
-    OPTION_REPLY_MAGIC,
     Info,
     Option,
     Reply,
@@ -71,7 +70,7 @@ ERROR_BIT = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """An option reply's header, its magic and echo checked, its length bounded."""
+    """An option reply's header, its echo checked, its length bounded."""
 
     reply: int
     length: int
@@ -106,10 +105,7 @@ InfoItem = ExportTerms | Text | BlockSizes | None
 
 def header(data: bytes, asked: Option) -> Header:
     """Decode a reply header; it must answer ``asked``."""
-    magic = int.from_bytes(data[:8], "big")
-    if magic != OPTION_REPLY_MAGIC:
-        raise RemoteProtocolError(f"option reply to {asked.name}: wrong magic {magic:#018x}")
-    fields = OptionReplyHeader.parse(data)
+    fields = parsed(OptionReplyHeader, data, f"option reply to {asked.name}")
     if fields.option != asked:
         raise RemoteProtocolError(f"reply to option {fields.option} when {asked.name} was asked")
     if fields.length > MAX_REPLY_LENGTH:

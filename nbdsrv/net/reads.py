@@ -1,0 +1,202 @@
+"""Reads that need no waiting: what the speed of the server rests on.
+
+::
+
+    request ──> window? ──yes──> preadv(RWF_NOWAIT) into the arena, behind its reply header
+                  │ no                 └─ large, plain socket: sendfile
+                  └──> Disk.locate ──> a new window, a hole, or: not now
+
+The *window* is the last FileRun that ``locate`` gave: disk range, file and how to read it. Within
+it a read is a comparison, one system call and one ``pack_into``.
+"""
+
+import os
+from time import monotonic
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.residency import MAX_PROBE, resident
+from nbdsrv.disk.runs import NEVER, FileRun
+from nbdsrv.net.outgoing import FilePart
+from nbdsrv.net.reactor import ARENA_SIZE
+from nbdsrv.net.sender import Sender
+from protocol.constants import CommandFlag, Dialect, Errno
+from protocol.headers import (
+    DATA_DONE_KEY,
+    EXTENDED_DATA,
+    EXTENDED_DATA_DONE_KEY,
+    EXTENDED_READ_KEY,
+    EXTENDED_REQUEST,
+    READ_KEY,
+    REQUEST,
+    SIMPLE_OK,
+    SIMPLE_WORDS,
+    STRUCTURED_DATA,
+)
+from protocol.replies import ChunkEncoder, SimpleEncoder
+from protocol.requests import Request
+
+__all__ = ["Reads"]
+
+LARGE = 1 << 16
+"""Bytes from which sendfile beats copying, on a plain socket."""
+SEND_AT = 160 << 10
+"""Bytes of replies after which they are sent, so that the client works while we do."""
+
+NO_WINDOW = (0, 0, -1, 0, NEVER)
+_SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
+
+
+class Reads:
+    """One client's reads that are answered within its turn."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        sender: Sender,
+        encoder: SimpleEncoder | ChunkEncoder,
+        dialect: Dialect,
+        *,
+        secure: bool,
+    ) -> None:
+        self._disk = disk
+        self._sender = sender
+        self._encoder = encoder
+        self._dialect = int(dialect)
+        extended = dialect is Dialect.EXTENDED
+        self._frame = EXTENDED_REQUEST if extended else REQUEST
+        self._key = EXTENDED_READ_KEY if extended else READ_KEY
+        self._head = {
+            Dialect.SIMPLE: SIMPLE_WORDS,
+            Dialect.STRUCTURED: STRUCTURED_DATA,
+            Dialect.EXTENDED: EXTENDED_DATA,
+        }[dialect].size
+        # TLS has no sendfile; then all that fits behind unsent replies is copied.
+        self._large = ARENA_SIZE - SEND_AT - self._head if secure else LARGE
+        self._secure = secure
+        self._window = NO_WINDOW
+        self._epoch = disk.epoch
+
+    def serve(self, rx: memoryview, at: int, end: int) -> int:
+        """Answer plain reads within the window from ``rx[at:]``, as many as follow each other.
+
+        Stops at the first request that is anything else, or when the socket is full.
+
+        Returns:
+            Where it stopped.
+        """
+        if self._epoch != self._disk.epoch:
+            self._epoch = self._disk.epoch
+            self._window = NO_WINDOW
+        start, stop, fd, shift, inline = self._window
+        sender, arena = self._sender, self._sender.arena
+        unpack_from, size, read_key = self._frame.unpack_from, self._frame.size, self._key
+        dialect, head, large = self._dialect, self._head, self._large
+        pack_chunk, pack_simple = STRUCTURED_DATA.pack_into, SIMPLE_WORDS.pack_into
+        preadv = os.preadv
+        used = sender.used
+        last = end - size
+        while at <= last:
+            key, cookie, offset, length = unpack_from(rx, at)
+            if key != read_key or offset < start or offset + length > stop:
+                break
+            if not 0 < length < large:
+                break
+            data = used + head
+            after = data + length
+            try:
+                if preadv(fd, (arena[data:after],), offset + shift, inline) != length:
+                    break
+            except OSError:
+                break
+            if dialect == _STRUCTURED:
+                pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
+            elif dialect == _SIMPLE:
+                pack_simple(arena, used, SIMPLE_OK, cookie)
+            else:
+                EXTENDED_DATA.pack_into(
+                    arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
+                )
+            used = after
+            at += size
+            if used > SEND_AT:
+                sender.used = used
+                if not sender.push():
+                    return at
+                used = 0
+        sender.used = used
+        return at
+
+    def read(self, request: Request) -> bool:
+        """Answer any READ if that needs no waiting; False if it does."""
+        cookie, at, length = request.cookie, request.offset, request.length
+        if not length:
+            self._sender.emit(self._encoder.done(cookie, at))
+            return True
+        start, stop, *_ = self._window
+        if at < start or at + length > stop:
+            runs = self._disk.locate(at, length)
+            first = runs[0] if runs else None
+            if first is None or first.length < length:
+                return False
+            if not isinstance(first, FileRun):
+                return self._hole(request)
+            if first.inline == NEVER:
+                return False
+            shift = first.position - at
+            self._window = (at, at + first.length, first.fd, shift, first.inline)
+        if length >= LARGE and not self._secure:
+            return self._send_file(request)
+        return self._copy(request)
+
+    def _hole(self, request: Request) -> bool:
+        encoder = self._encoder
+        if isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
+            return self._zeroes(request)
+        at = request.offset
+        self._sender.emit(encoder.hole(request.cookie, at, at, request.length, done=True))
+        return True
+
+    def _zeroes(self, request: Request) -> bool:
+        if request.length > LARGE:
+            return False
+        at, length = request.offset, request.length
+        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
+        self._sender.emit(header + bytes(length))
+        return True
+
+    def _copy(self, request: Request) -> bool:
+        """Read into the arena, if there is room and the pages are there."""
+        at, length = request.offset, request.length
+        sender = self._sender
+        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
+        total = len(header) + length
+        if total > ARENA_SIZE or not sender.make_room(total):
+            return False
+        _, _, fd, shift, inline = self._window
+        begin = sender.used + len(header)
+        end = begin + length
+        try:
+            if os.preadv(fd, (sender.arena[begin:end],), at + shift, inline) != length:
+                return False
+        except OSError:
+            return False
+        sender.arena[sender.used : begin] = header
+        sender.used = end
+        return True
+
+    def _send_file(self, request: Request) -> bool:
+        """Send straight from the page cache, if all of it is there."""
+        cookie, at, length = request.cookie, request.offset, request.length
+        _, _, fd, shift, inline = self._window
+        if length > MAX_PROBE or not resident(fd, at + shift, length, inline):
+            return False
+        encoder = self._encoder
+        tail, apology = b"", None
+        if not isinstance(encoder, SimpleEncoder):
+            # Not DONE: until the last byte is out, the file may still turn out too short.
+            tail = encoder.done(cookie, at)
+            apology = encoder.error(cookie, at, Errno.EIO, f"{self._disk.name} was truncated")
+        header = encoder.data_header(cookie, at, at, length, done=False)
+        part = FilePart(fd, at + shift, length, inline, monotonic(), tail, apology)
+        self._sender.send_file(header, part)
+        return True

@@ -1,0 +1,82 @@
+"""How replies leave: built side by side in the arena, sent once, queued only if they must be.
+
+::
+
+    arena  | reply | reply | reply |........|      Outgoing  [what the socket did not take]
+           '------- used --------'
+"""
+
+from collections.abc import Callable
+
+from nbdsrv.net.channel import Channel
+from nbdsrv.net.outgoing import FilePart, Outgoing
+from nbdsrv.net.reactor import ARENA_SIZE, Reactor
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """One client's way out. The arena is the reactor's: it is empty between turns.
+
+    Attributes:
+        used: bytes of the arena that hold replies not sent yet.
+        out: what waits for the client to read.
+    """
+
+    __slots__ = ("_channel", "_reactor", "out", "used")
+
+    def __init__(
+        self, reactor: Reactor, channel: Channel, warm: Callable[[FilePart], None]
+    ) -> None:
+        self._reactor = reactor
+        self._channel = channel
+        self.out = Outgoing(channel, reactor.buffers, warm)
+        self.used = 0
+
+    @property
+    def arena(self) -> memoryview:
+        """Where replies are built; ask again after every ``push``."""
+        return self._reactor.arena.data
+
+    def emit(self, data: bytes) -> None:
+        """A reply built elsewhere joins those in the arena."""
+        if not self.make_room(len(data)):
+            self.out.add(data)
+            return
+        used = self.used
+        self.arena[used : used + len(data)] = data
+        self.used = used + len(data)
+
+    def make_room(self, length: int) -> bool:
+        """See to ``length`` free bytes in the arena; False if the socket is full."""
+        if self.used + length > ARENA_SIZE:
+            self.push()
+        return not self.out
+
+    def push(self, *, more: bool = False) -> bool:
+        """Send the arena; False if the client must read first. ``more`` follows at once.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
+        used, self.used = self.used, 0
+        if not used:
+            return not self.out
+        reactor = self._reactor
+        view = reactor.arena.data[:used]
+        sent = 0
+        if not self.out:
+            sent = self._channel.send(view, more=more)
+            if sent == used:
+                return True
+        self.out.add(view[sent:], reactor.arena)
+        reactor.renew_arena()
+        return False
+
+    def send_file(self, header: bytes, part: FilePart) -> None:
+        """A reply whose data comes straight from a file."""
+        self.emit(header)
+        if not self.push(more=True):
+            self.out.add_file(part)
+        elif self.out.send_now(part):
+            self.emit(part.tail)
