@@ -18,8 +18,9 @@ from nbdsrv.errors import ConfigError
 from nbdsrv.export.exports import Catalogue, Export
 from nbdsrv.export.grammar import Source, parse_source
 from nbdsrv.export.opener import open_source
-from nbdsrv.net.listener import Listener, activated_sockets, listen, standard_input
+from nbdsrv.net.listener import Listener, activated_sockets, listen
 from nbdsrv.net.server import Limits, Server
+from nbdsrv.net.stdio import standard_stream
 from nbdsrv.net.tls import server_context
 from nbdsrv.ops.logs import set_up
 from nbdsrv.ops.notify import notify
@@ -155,7 +156,7 @@ async def _serve(settings: Settings) -> None:
     if STDIO in settings.listen:
         if len(settings.listen) > 1:
             raise ConfigError("--listen stdio serves one client and goes with no other --listen")
-        sock = standard_input()
+        sock = standard_stream()
         server = Server(catalogue, workers, limits=limits, tls=mode, context=context)
         server.serve(sock)
         await _first(stop, server)

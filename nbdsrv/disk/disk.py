@@ -86,7 +86,11 @@ class Disk(ABC):
         """Bring into memory what ``locate`` needs for this range."""
 
     def place(self, offset: int, length: int) -> FileRun | None:
-        """Where an overwrite may go directly; None means only ``write`` will do."""
+        """Where an overwrite may go directly; None means only ``write`` will do.
+
+        Never blocks. The run begins at ``offset`` and may reach beyond ``length``; it holds until
+        ``epoch`` changes.
+        """
         del offset, length
         return None
 

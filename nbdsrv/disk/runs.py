@@ -9,10 +9,9 @@ A format translates addresses; one engine moves bytes (docs/architecture.md, "Ho
 
 from typing import NamedTuple
 
-__all__ = ["NEVER", "FileRun", "Run", "ZeroRun"]
+from nbdsrv.disk.residency import Residency
 
-NEVER = -1
-"""``FileRun.inline`` of a file that can only be read where blocking is allowed."""
+__all__ = ["FileRun", "Run", "ZeroRun"]
 
 
 class FileRun(NamedTuple):
@@ -22,14 +21,13 @@ class FileRun(NamedTuple):
         fd: readable file descriptor, open as long as the Disk.
         position: bytes from the file's beginning.
         length: bytes, at least 1.
-        inline: flags for a ``preadv`` that cannot block (RWF_NOWAIT, or 0 where reading
-            memory is all it takes), or ``NEVER``.
+        residency: what is known of how warm the file is, and how it may be read on the loop.
     """
 
     fd: int
     position: int
     length: int
-    inline: int
+    residency: Residency
 
 
 class ZeroRun(NamedTuple):

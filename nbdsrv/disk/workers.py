@@ -6,8 +6,11 @@
     submit(work, done) --- queue --->  work()
     complete(): done() <-- deque ----  result        (an eventfd wakes the loop)
 
-Rule: threads touch files, never sockets; ``done`` always runs on the event loop's thread, so
-that everything about a connection stays single-threaded and needs no lock.
+Rule: ``done`` always runs on the event loop's thread, so that everything about a connection stays
+single-threaded and needs no lock. Threads touch files; sockets only when one is lent to them.
+
+Looking something up (a file's layout, opening it) has threads of its own: it is what a client with
+everything in memory may need, and must not queue behind another client's cold reads.
 
 A ThreadPoolExecutor would do the same with a Future, two locks and a self-pipe per job; a 4 KiB
 write has not that much time.
@@ -29,8 +32,10 @@ Ts = TypeVarTuple("Ts")
 Done = Callable[[Any, BaseException | None], None]
 Job = tuple[Callable[..., Any], tuple[Any, ...], Done]
 
-DEFAULT_THREADS = 16
-"""Enough reads in flight to keep one NVMe or a small array busy; more only queue below."""
+DEFAULT_THREADS = 32
+"""Blocking jobs at a time: what two clients at full depth keep busy; more queue up."""
+LOOK_UP_THREADS = 4
+"""Likewise for looking things up."""
 
 
 class Workers:
@@ -40,12 +45,10 @@ class Workers:
     """
 
     def __init__(self, threads: int = DEFAULT_THREADS) -> None:
-        self._limit = threads
-        self._threads: list[threading.Thread] = []
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._finished: deque[tuple[Done, Any, BaseException | None]] = deque()
+        self._finished: deque[Finished] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.outstanding = 0
+        self._crew = _Crew("nbdsrv-work", threads, self._finished, self._eventfd)
+        self._scouts = _Crew("nbdsrv-look", LOOK_UP_THREADS, self._finished, self._eventfd)
 
     def fileno(self) -> int:
         """Readable when ``complete`` has something to do."""
@@ -53,10 +56,12 @@ class Workers:
 
     def submit(self, work: Callable[[*Ts], object], *args: *Ts, done: Done) -> None:
         """Have a thread call ``work(*args)``, then the loop ``done(result, error)``."""
-        self.outstanding += 1
-        if self.outstanding > len(self._threads) < self._limit:
-            self._start_thread()
-        self._jobs.put((work, args, done))
+        self._crew.put((work, args, done))
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs submitted whose results have not been delivered."""
+        return self._crew.outstanding + self._scouts.outstanding
 
     async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Have a thread call ``work(*args)`` and return what it returns.
@@ -64,6 +69,13 @@ class Workers:
         Cancellation is delayed until the thread has finished: the work may be using a buffer or
         a descriptor that the caller is about to give away.
         """
+        return await self._run(self._crew, work, args)
+
+    async def look_up(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The same for short work that others wait for."""
+        return await self._run(self._scouts, work, args)
+
+    async def _run(self, crew: "_Crew", work: Callable[..., T], args: tuple[Any, ...]) -> T:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def done(result: T, error: BaseException | None) -> None:
@@ -72,14 +84,12 @@ class Workers:
             else:
                 future.set_exception(error)
 
-        self.submit(work, *args, done=done)
+        crew.put((work, args, done))
         cancelled = None
         while not future.done():
             try:
                 await asyncio.shield(future)
             except asyncio.CancelledError as error:
-                if future.cancelled():
-                    raise
                 cancelled = error
             except BaseException:  # noqa: BLE001 - raised again by result() below
                 break
@@ -94,24 +104,50 @@ class Workers:
             os.eventfd_read(self._eventfd)
         finished = self._finished
         while finished:
-            done, result, error = finished.popleft()
-            self.outstanding -= 1
+            crew, done, result, error = finished.popleft()
+            crew.outstanding -= 1
             done(result, error)
 
     def close(self) -> None:
-        """End the threads once their queue is empty. Results not yet delivered are lost."""
+        """End the threads once their queues are empty. Results not yet delivered are lost."""
+        self._crew.close()
+        self._scouts.close()
+        os.close(self._eventfd)
+
+
+class _Crew:
+    """Threads that share a queue, started one by one as there is more to do."""
+
+    def __init__(
+        self,
+        name: str,
+        limit: int,
+        finished: "deque[Finished]",
+        eventfd: int,
+    ) -> None:
+        self._name = name
+        self._limit = limit
+        self._finished = finished
+        self._eventfd = eventfd
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self.outstanding = 0
+
+    def put(self, job: Job) -> None:
+        self.outstanding += 1
+        if self.outstanding > len(self._threads) < self._limit:
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+
+    def close(self) -> None:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        os.close(self._eventfd)
-
-    def _start_thread(self) -> None:
-        name = f"nbdsrv-{len(self._threads)}"
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
 
     def _work(self) -> None:
         get, finished, eventfd = self._jobs.get, self._finished, self._eventfd
@@ -122,6 +158,9 @@ class Workers:
                 result = work(*args)
             except BaseException as caught:  # noqa: BLE001 - handed to the loop
                 error = caught
-            finished.append((done, result, error))
+            finished.append((self, done, result, error))
             del job, work, args, done, result, error  # an idle thread keeps no buffer alive
             os.eventfd_write(eventfd, 1)
+
+
+Finished = tuple[_Crew, Done, Any, BaseException | None]

@@ -21,7 +21,7 @@ async def open_source(source: Source, workers: Workers, *, writable: bool = Fals
         raise UnsupportedImage(f"{source.text}: {_NOT_YET[source.kind]} are not served yet")
     if source.partition is not None:
         raise UnsupportedImage(f"{source.text}: partitions (~pN) are not served yet")
-    kind = source.scheme or await workers.run(probe, source.location)
+    kind = source.scheme or await workers.look_up(probe, source.location)
     if kind != "raw":
         hint = "" if source.scheme else f"; raw:{source.location} serves the file as it is"
         raise UnsupportedImage(f"{source.location}: {kind} images are not served yet{hint}")

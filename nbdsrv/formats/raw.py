@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVarTuple
 
 from nbdsrv.disk.disk import Ability, Disk
-from nbdsrv.disk.runs import NEVER, FileRun, Run, ZeroRun
+from nbdsrv.disk.residency import NEVER, Residency
+from nbdsrv.disk.runs import FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.allocation import discard_device, punch_hole, zero_range
@@ -53,7 +54,7 @@ class RawDisk(Disk):
         self.size = size
         self._fd = fd
         self._device = device
-        self._inline = _inline_flags(fd)
+        self._residency = Residency(_inline_flags(fd))
         self._map = ExtentMap()
         self._flush_failed = False
         self.abilities = Ability.MULTI_CONN
@@ -74,7 +75,7 @@ class RawDisk(Disk):
                 return None
             _, known_end, data = entry
             if data:
-                runs.append(FileRun(self._fd, at, known_end - at, self._inline))
+                runs.append(FileRun(self._fd, at, known_end - at, self._residency))
                 at = known_end
                 continue
             # This lseek does not wait for the disk: the extent was read a while ago.
@@ -88,21 +89,24 @@ class RawDisk(Disk):
 
     def place(self, offset: int, length: int) -> FileRun | None:
         """Anywhere: an overwrite of a raw file goes where it says."""
+        del length
         if Ability.WRITE not in self.abilities:
             return None
-        return FileRun(self._fd, offset, length, self._inline)
+        return FileRun(self._fd, offset, self.size - offset, self._residency)
 
     async def load(self, offset: int, length: int) -> None:
         """Ask the file system about this range, and a little beyond."""
-        found = await self._workers.run(self._look_up, offset, length, LOOK_AHEAD)
+        found = await self._workers.look_up(self._look_up, offset, length, LOOK_AHEAD)
         for start, span, flags in found.ranges():
             self._map.learn(start, start + span, data=flags == DATA)
 
     async def extents(self, offset: int, length: int) -> ExtentList:
         """What the file system says at this moment."""
-        found = await self._workers.run(self._look_up, offset, length, 0)
+        found = await self._workers.look_up(self._look_up, offset, length, 0)
         clipped = []
         for start, span, flags in found.ranges():
+            if start >= offset + length:
+                break
             clipped.append((min(span, offset + length - start), flags))
         return ExtentList(offset, clipped)
 
@@ -164,7 +168,7 @@ class RawDisk(Disk):
         """Close the descriptor."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            await self._workers.run(os.close, fd)
+            await self._workers.look_up(os.close, fd)
 
     async def _change(self, work: Callable[[*Ts], object], *args: *Ts) -> None:
         try:
@@ -218,7 +222,7 @@ async def open_raw(path: str, workers: Workers, *, writable: bool) -> RawDisk:
     Raises:
         DiskError: missing, no permission, a directory, not a disk at all.
     """
-    return await workers.run(_open, path, workers, writable)
+    return await workers.look_up(_open, path, workers, writable)
 
 
 def _open(path: str, workers: Workers, writable: bool) -> RawDisk:  # noqa: FBT001
@@ -246,17 +250,24 @@ def _open(path: str, workers: Workers, writable: bool) -> RawDisk:  # noqa: FBT0
 
 
 def _seek(fd: int, at: int, whence: int, size: int) -> int:
-    """Next data or hole at or after ``at``; the end of the disk where there is none."""
+    """Next data or hole at or after ``at``; the end of the disk where there is none.
+
+    What a truncated file has lost is neither: it counts as data, so that reading it fails instead
+    of giving zeroes.
+    """
     try:
         return min(os.lseek(fd, at, whence), size)
     except OSError as error:
-        if error.errno == os_errno.ENXIO:
-            return size
-        raise
+        if error.errno != os_errno.ENXIO:
+            raise
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_size < size and whence == os.SEEK_DATA:
+        return max(at, info.st_size)
+    return size
 
 
 def _inline_flags(fd: int) -> int:
-    """How this file may be read on the event loop; decided once (see ``FileRun.inline``)."""
+    """How this file may be read on the event loop; decided once (see ``Residency.inline``)."""
     try:
         os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except BlockingIOError:

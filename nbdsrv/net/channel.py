@@ -9,6 +9,7 @@ to go on if that was more than the STARTTLS option.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -62,6 +63,11 @@ class PlainChannel:
         """Have bytes been received that polling the descriptor would not show?"""
         return False
 
+    def shut_down(self) -> None:
+        """End the stream both ways without closing; for a socket another thread is using."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket; nothing is waited for."""
         self.sock.close()
@@ -108,9 +114,18 @@ class TlsChannel:
                 raise ConnectionError(f"TLS: {error.reason or error}") from error
         return done
 
+    def send_file(self, fd: int, position: int, length: int) -> int | None:
+        """TLS has to see the bytes: use ``send``."""
+        raise NotImplementedError
+
     def pending(self) -> bool:
         """OpenSSL may hold the rest of a decrypted record."""
         return self.sock.pending() > 0
+
+    def shut_down(self) -> None:
+        """As for plain text; below TLS, so without close_notify."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Send close_notify if that does not block, then close."""

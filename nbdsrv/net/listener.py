@@ -4,7 +4,7 @@
 
     HOST:PORT  [::1]:PORT  :PORT   TCP; every address the name stands for
     unix:PATH                      Unix socket, mode 0600 unless told otherwise
-    stdio                          one client, already connected, on standard input (inetd -w)
+    stdio                          one client, already connected: see ``stdio``
     (nothing) + LISTEN_FDS         systemd socket activation, sd_listen_fds(3)
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from nbdsrv.errors import ConfigError, ListenError
 from protocol.constants import NBD_PORT
 
-__all__ = ["Listener", "activated_sockets", "listen", "standard_input"]
+__all__ = ["Listener", "activated_sockets", "listen"]
 
 BACKLOG = 1024
 """Connections the kernel completes for us while we are busy; it caps this at somaxconn."""
@@ -156,25 +156,12 @@ def activated_sockets(environ: Mapping[str, str]) -> list[Listener]:
 
 
 def _adopt(fd: int) -> Listener:
-    sock = standard_socket(fd, f"LISTEN_FDS: descriptor {fd}")
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise ConfigError(f"LISTEN_FDS: descriptor {fd} does not listen; use Accept=no")
-    return Listener(sock)
-
-
-def standard_input() -> socket.socket:
-    """The client inetd, or a parent with a socketpair, left on descriptor 0."""
-    return standard_socket(0, "--listen stdio: standard input")
-
-
-def standard_socket(fd: int, what: str) -> socket.socket:
-    """Descriptor ``fd`` as a stream socket; it is ours from now on."""
     try:
         sock = socket.socket(fileno=fd)
         kind = sock.type
     except OSError as error:
-        raise ConfigError(f"{what} is not a socket") from error
-    if kind != socket.SOCK_STREAM:
-        raise ConfigError(f"{what} is not a stream socket")
+        raise ConfigError(f"LISTEN_FDS: descriptor {fd} is not a socket") from error
+    if kind != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ConfigError(f"LISTEN_FDS: descriptor {fd} does not listen for streams; Accept=no?")
     os.set_inheritable(fd, False)
-    return sock
+    return Listener(sock)

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from nbdsrv.disk.residency import resident
+from nbdsrv.disk.residency import Residency
 from nbdsrv.net.buffers import Buffer, Buffers
 from nbdsrv.net.channel import Channel, TlsChannel
+from protocol.constants import Errno
+from protocol.replies import ChunkEncoder, SimpleEncoder
 
 __all__ = ["FilePart", "Outgoing", "PromiseBrokenError"]
 
@@ -31,23 +33,37 @@ class PromiseBrokenError(ConnectionError):
 
 @dataclass(slots=True)
 class FilePart:
-    """``length`` bytes of a file that were promised to the client.
+    """``length`` bytes of a file that were promised to the client in reply to ``cookie``.
 
     Attributes:
-        inline: flags for reading it without blocking (see ``FileRun``).
-        checked: when it was last known to be in memory (``monotonic``).
-        tail: what ends the reply when all went well.
-        apology: what ends it, after padding, when the file turned out too short; None if the
-            dialect has no way to say so.
+        residency: how warm the file is.
+        checked: when the range was last known to be in memory (``monotonic``).
+        at: the request's own offset.
+        name: what the file is called in messages.
     """
 
     fd: int
     position: int
     length: int
-    inline: int
+    residency: Residency
     checked: float
-    tail: bytes
-    apology: bytes | None
+    encoder: SimpleEncoder | ChunkEncoder
+    cookie: int
+    at: int
+    name: str
+
+    def tail(self) -> bytes:
+        """What ends the reply when all went well."""
+        if isinstance(self.encoder, SimpleEncoder):
+            return b""
+        return self.encoder.done(self.cookie, self.at)
+
+    def apology(self) -> bytes:
+        """What ends it, after padding, when the file turned out too short."""
+        if isinstance(self.encoder, SimpleEncoder):
+            raise PromiseBrokenError(f"{self.name} was truncated in the middle of a reply")
+        text = f"{self.name} was truncated"
+        return self.encoder.error(self.cookie, self.at, Errno.EIO, text)
 
 
 Part = tuple[memoryview | bytes, Buffer | None] | FilePart
@@ -76,24 +92,6 @@ class Outgoing:
     def add_file(self, part: FilePart) -> None:
         """Queue a range of a file."""
         self._parts.append(part)
-
-    def send_now(self, part: FilePart) -> bool:
-        """Send a range of a file, nothing else being due; True if all but its tail is out.
-
-        Otherwise the rest, tail included, is queued.
-        """
-        channel = self._channel
-        assert not isinstance(channel, TlsChannel)
-        while part.length:
-            count = channel.send_file(part.fd, part.position, part.length)
-            if not count:
-                self._parts.append(part)
-                if count is not None:
-                    self.flush()
-                return False
-            part.position += count
-            part.length -= count
-        return True
 
     def flush(self) -> bool:
         """Send what the socket takes; True when nothing is left.
@@ -142,7 +140,7 @@ class Outgoing:
         channel = self._channel
         assert not isinstance(channel, TlsChannel)
         if monotonic() - part.checked > FRESH:
-            if not resident(part.fd, part.position, part.length, part.inline):
+            if not part.residency.resident(part.fd, part.position, part.length):
                 self._warming = True
                 self._warm(part)
                 return False
@@ -157,16 +155,15 @@ class Outgoing:
             part.position += count
             part.length -= count
         self._parts.popleft()
-        if part.tail:
-            self._parts.appendleft((part.tail, None))
+        if tail := part.tail():
+            self._parts.appendleft((tail, None))
         return True
 
     def _break_promise(self, part: FilePart) -> None:
         """The file is shorter than it was a moment ago: pad what was announced, then say so."""
-        if part.apology is None:
-            raise PromiseBrokenError("the image was truncated in the middle of a reply")
+        apology = part.apology()
         self._parts.popleft()
-        self._parts.appendleft((part.apology, None))
+        self._parts.appendleft((apology, None))
         for _ in range(part.length // len(ZEROES)):
             self._parts.appendleft((ZEROES, None))
         rest = part.length % len(ZEROES)

@@ -26,8 +26,8 @@ from nbdsrv.net.buffers import Buffers
 
 __all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
 
-RECEIVE_SIZE = 1 << 17
-"""Bytes taken from one client at a time."""
+RECEIVE_SIZE = 1 << 19
+"""Bytes taken from one client at a time: a 256 KiB write and most of the next."""
 ARENA_SIZE = 1 << 20
 """Bytes of replies built before they are sent."""
 

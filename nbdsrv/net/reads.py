@@ -14,12 +14,12 @@ import os
 from time import monotonic
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.residency import MAX_PROBE, resident
-from nbdsrv.disk.runs import NEVER, FileRun
+from nbdsrv.disk.residency import NEVER, Residency
+from nbdsrv.disk.runs import FileRun
 from nbdsrv.net.outgoing import FilePart
 from nbdsrv.net.reactor import ARENA_SIZE
 from nbdsrv.net.sender import Sender
-from protocol.constants import CommandFlag, Dialect, Errno
+from protocol.constants import CommandFlag, Dialect
 from protocol.headers import (
     DATA_DONE_KEY,
     EXTENDED_DATA,
@@ -70,10 +70,11 @@ class Reads:
             Dialect.STRUCTURED: STRUCTURED_DATA,
             Dialect.EXTENDED: EXTENDED_DATA,
         }[dialect].size
-        # TLS has no sendfile; then all that fits behind unsent replies is copied.
+        # TLS has no sendfile; there all that fits behind unsent replies is copied.
         self._large = ARENA_SIZE - SEND_AT - self._head if secure else LARGE
         self._secure = secure
         self._window = NO_WINDOW
+        self._residency = Residency(NEVER)
         self._epoch = disk.epoch
 
     def serve(self, rx: memoryview, at: int, end: int) -> int:
@@ -99,7 +100,16 @@ class Reads:
             key, cookie, offset, length = unpack_from(rx, at)
             if key != read_key or offset < start or offset + length > stop:
                 break
-            if not 0 < length < large:
+            if length >= large:
+                sender.used = used
+                if not self._send_file(cookie, offset, length):
+                    return at
+                at += size
+                if sender.out:
+                    return at
+                used = sender.used
+                continue
+            if not length:
                 break
             data = used + head
             after = data + length
@@ -140,12 +150,13 @@ class Reads:
                 return False
             if not isinstance(first, FileRun):
                 return self._hole(request)
-            if first.inline == NEVER:
+            self._residency = first.residency
+            inline = first.residency.inline
+            if inline == NEVER:
                 return False
-            shift = first.position - at
-            self._window = (at, at + first.length, first.fd, shift, first.inline)
+            self._window = (at, at + first.length, first.fd, first.position - at, inline)
         if length >= LARGE and not self._secure:
-            return self._send_file(request)
+            return self._send_file(cookie, at, length)
         return self._copy(request)
 
     def _hole(self, request: Request) -> bool:
@@ -176,27 +187,33 @@ class Reads:
         begin = sender.used + len(header)
         end = begin + length
         try:
-            if os.preadv(fd, (sender.arena[begin:end],), at + shift, inline) != length:
-                return False
+            count = os.preadv(fd, (sender.arena[begin:end],), at + shift, inline)
         except OSError:
+            count = -1
+        if count != length:
+            self._residency.cold()
             return False
         sender.arena[sender.used : begin] = header
         sender.used = end
         return True
 
-    def _send_file(self, request: Request) -> bool:
-        """Send straight from the page cache, if all of it is there."""
-        cookie, at, length = request.cookie, request.offset, request.length
-        _, _, fd, shift, inline = self._window
-        if length > MAX_PROBE or not resident(fd, at + shift, length, inline):
+    def _send_file(self, cookie: int, at: int, length: int) -> bool:
+        """Send a range of the window straight from the page cache, if all of it is there."""
+        _, _, fd, shift, _ = self._window
+        position = at + shift
+        if self._secure or not self._residency.resident(fd, position, length):
             return False
-        encoder = self._encoder
-        tail, apology = b"", None
-        if not isinstance(encoder, SimpleEncoder):
-            # Not DONE: until the last byte is out, the file may still turn out too short.
-            tail = encoder.done(cookie, at)
-            apology = encoder.error(cookie, at, Errno.EIO, f"{self._disk.name} was truncated")
-        header = encoder.data_header(cookie, at, at, length, done=False)
-        part = FilePart(fd, at + shift, length, inline, monotonic(), tail, apology)
-        self._sender.send_file(header, part)
+        encoder, sender = self._encoder, self._sender
+        # Not DONE: until the last byte is out, the file may still turn out too short.
+        sender.emit(encoder.data_header(cookie, at, at, length, done=False))
+        sent = sender.send_file(fd, position, length)
+        if sent == length:
+            if self._dialect != _SIMPLE:
+                sender.emit(encoder.done(cookie, at))
+        else:
+            left = (fd, position + sent, length - sent)
+            name = self._disk.name
+            part = FilePart(*left, self._residency, monotonic(), encoder, cookie, at, name)
+            sender.out.add_file(part)
+            sender.out.flush()
         return True

@@ -73,10 +73,17 @@ class Sender:
         reactor.renew_arena()
         return False
 
-    def send_file(self, header: bytes, part: FilePart) -> None:
-        """A reply whose data comes straight from a file."""
-        self.emit(header)
-        if not self.push(more=True):
-            self.out.add_file(part)
-        elif self.out.send_now(part):
-            self.emit(part.tail)
+    def send_file(self, fd: int, position: int, length: int) -> int:
+        """Send what is in the arena, then the file's range; returns the bytes of it sent.
+
+        Less than ``length`` means that the caller must queue the rest in ``out`` at once.
+        """
+        sent = 0
+        if self.push(more=True):
+            send_file = self._channel.send_file
+            while sent < length:
+                count = send_file(fd, position + sent, length - sent)
+                if not count:
+                    break
+                sent += count
+        return sent

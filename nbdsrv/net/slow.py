@@ -7,6 +7,7 @@ Only here (and in ``transmission``, for stored writes) does an operating system'
 wire's.
 """
 
+import asyncio
 from collections.abc import Sequence
 
 from nbdsrv.disk.disk import Disk, read_runs
@@ -22,7 +23,9 @@ from protocol.requests import Request
 
 __all__ = ["Answer", "SlowRequests"]
 
-MAX_COMPACT = 0xFFFFFFFF
+MAX_READING = 16
+"""Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
+
 Answer = list[tuple[memoryview | bytes, Buffer | None]]
 """What to send, in order; a buffer is released after the part it stands beside."""
 
@@ -43,9 +46,14 @@ class SlowRequests:
         self._buffers = buffers
         self._encoder = encoder
         self._contexts = contexts
+        self._reading = asyncio.Semaphore(MAX_READING)
 
     async def read(self, request: Request) -> Answer:
         """READ: holes as holes where the dialect has them and DF does not forbid it."""
+        async with self._reading:
+            return await self._read(request)
+
+    async def _read(self, request: Request) -> Answer:
         encoder = self._encoder
         await self._buffers.afford(request.length)
         buffer = self._buffers.borrow(request.length)

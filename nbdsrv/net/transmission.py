@@ -23,12 +23,10 @@ import asyncio
 import logging
 import select
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import make_resident
-from nbdsrv.disk.runs import FileRun
 from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
@@ -37,7 +35,7 @@ from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.slow import Answer, SlowRequests
-from nbdsrv.net.writes import Write, WriteBatch, store
+from nbdsrv.net.writes import Streak, Writes
 from protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
@@ -51,7 +49,7 @@ from protocol.headers import (
     EXTENDED_REQUEST,
     REQUEST,
 )
-from protocol.replies import encoder, wire_errno
+from protocol.replies import encoder
 from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules, parse_status_payload
 
 __all__ = ["Transmission"]
@@ -68,21 +66,29 @@ TURN_REQUESTS = 256
 STALL_S = 30.0
 """Seconds a client may sit on a half-sent payload while others wait for memory."""
 
-SHUTDOWN = (Errno.ESHUTDOWN, "the server is shutting down")
+Refusal = tuple[Errno, str]
+SHUTDOWN: Refusal = (Errno.ESHUTDOWN, "the server is shutting down")
 
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
 
 class Payload:
-    """A request whose payload is still arriving; without a buffer it is thrown away."""
+    """A request whose payload is still arriving.
 
-    __slots__ = ("buffer", "have", "length", "request")
+    Without a buffer it is thrown away, and ``refusal`` sent when all of it has come: libnbd does
+    not expect an answer to a request it is still sending.
+    """
 
-    def __init__(self, request: Request, length: int, buffer: Buffer | None) -> None:
+    __slots__ = ("buffer", "have", "length", "refusal", "request")
+
+    def __init__(
+        self, request: Request, length: int, buffer: Buffer | None, refusal: Refusal | None = None
+    ) -> None:
         self.request = request
         self.length = length
         self.buffer = buffer
+        self.refusal = refusal
         self.have = 0
 
 
@@ -123,10 +129,10 @@ class Transmission:
         )
         self._sender = Sender(reactor, channel, self._warm)
         self._reads = Reads(disk, self._sender, self._encoder, dialect, secure=channel.secure)
+        self._writes = Writes(disk, reactor, channel, self._encoder, dialect, self._streak_ended)
         self._left = b""
         self._more = False
         self._payload: Payload | None = None
-        self._batch = WriteBatch()
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,7 +141,6 @@ class Transmission:
         self._ending = False
         self._closed = False
         self._draining = False
-        self._batch_pins_receive = False
         self._mask = _READ
 
     # --- life ------------------------------------------------------------------------------
@@ -151,7 +156,9 @@ class Transmission:
     def drain(self) -> None:
         """Answer what is in flight and refuse the rest with ESHUTDOWN, then close."""
         self._draining = True
-        if not self._closed:
+        if self._writes.lent:
+            self._writes.recalled = True
+        elif not self._closed:
             self._more = True
             self.resume()
             self._ending = True
@@ -162,14 +169,18 @@ class Transmission:
         if self._closed:
             return
         self._closed = True
+        if self._writes.lent:
+            self._channel.shut_down()  # makes the thread return
+            return
         self._reactor.remove(self._channel.fileno())
+        self._close()
+
+    def _close(self) -> None:
         self._sender.out.drop()
+        self._writes.drop()
         if self._payload is not None and self._payload.buffer is not None:
             self._reactor.buffers.release(self._payload.buffer)
         self._payload = None
-        for owner in self._batch.owners:
-            self._reactor.buffers.release(owner)
-        self._batch = WriteBatch()
         self._channel.close()
         if not self._in_flight:
             self._on_closed()
@@ -201,7 +212,7 @@ class Transmission:
         else:
             self._after()
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: BaseException | None) -> None:
         if isinstance(error, OSError):
             log.info("session.lost reason=%s", error)
         else:
@@ -214,13 +225,14 @@ class Transmission:
             or self._ending
             or self._closed
             or self._waiting_for_memory
+            or self._writes.lent
             or self._in_flight >= MAX_IN_FLIGHT
             or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
         )
 
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
-        if self._closed:
+        if self._closed or self._writes.lent:
             return
         if self._ending and not self._in_flight and not self._sender.out:
             self.abort()
@@ -239,7 +251,12 @@ class Transmission:
     def _turn(self) -> None:
         """Take what has arrived and serve it; bounded in requests and bytes."""
         if self._payload is not None and not self._fill_payload(self._payload):
-            self._submit_writes()
+            return
+        if self._writes.pending:
+            self._writes.lend(0, 0, alone=bool(self._left))
+            return
+        if not self._reactor.buffers.affords(RECEIVE_SIZE):
+            self._wait_for_memory()
             return
         receive = self._reactor.receive
         rx = receive.data
@@ -254,27 +271,56 @@ class Transmission:
             elif count is not None:
                 end += count
         at = self._consume(rx, end)
-        self._more = end - at >= self._frame.size
+        if self._payload is not None and not self._fill_payload(self._payload):
+            self._watch(self._payload, self._payload.have)
+        if self._writes.pending:
+            alone = self._payload is not None or not self._may_read() or self._end_of_stream
+            if not alone:
+                self._writes.lend(at, end, alone=False)
+                return
+        self._keep(rx, at, end)
+        if self._writes.pending:
+            self._writes.lend(0, 0, alone=True)
+
+    def _keep(self, rx: memoryview, at: int, end: int) -> None:
+        """What could not be served yet waits until the next turn."""
+        self._more = end - at >= self._frame.size or self._channel.pending()
         if at < end:
             self._left = bytes(rx[at:end])
         if self._end_of_stream and not self._more:
             self._ending = True  # as good as DISC: what came before it is finished
-        if self._payload is not None and not self._fill_payload(self._payload):
-            self._watch(self._payload, self._payload.have)
-        self._submit_writes()
-        if self._channel.pending():
-            self._more = True
+
+    def _streak_ended(self, streak: Streak | None, error: BaseException | None) -> None:
+        """A thread gives the connection back."""
+        if self._closed:
+            self._close()
+            return
+        self._reactor.add(self._channel.fileno(), self, self._mask)
+        if streak is None:
+            self._lost(error)
+            return
+        if streak.unsent:
+            self._sender.out.add(streak.unsent)
+        if streak.left:
+            self._left = streak.left
+        self._end_of_stream = self._end_of_stream or streak.end_of_stream
+        self._more = bool(self._left) or self._end_of_stream or self._channel.pending()
+        if self._draining:
+            self.drain()
+        else:
+            self._deliver([])
 
     def _consume(self, rx: memoryview, end: int) -> int:
         """Serve the requests in ``rx[:end]``; returns how far it got."""
         unpack_from, size = self._frame.unpack_from, self._frame.size
-        reads, sender = self._reads, self._sender
+        reads, writes, sender = self._reads, self._writes, self._sender
         at = requests = 0
         while end - at >= size and requests < TURN_REQUESTS:
             if not self._draining:
                 before = at
                 at = reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
                 requests += (at - before) // size
+                at = writes.serve(rx, at, end)
                 if sender.out or end - at < size or requests >= TURN_REQUESTS:
                     break
             requests += 1
@@ -305,10 +351,10 @@ class Transmission:
             return end
         refusal = self._rules.check(request) if not self._draining else SHUTDOWN
         if refusal is not None:
-            self._refuse(request, *refusal)
             if length > end - body:
-                self._payload = Payload(request, length - (end - body), None)
+                self._payload = Payload(request, length - (end - body), None, refusal)
                 return end
+            self._refuse(request, *refusal)
             return body + length
         if length:
             return self._receive_payload(request, rx, body, end)
@@ -328,10 +374,11 @@ class Transmission:
         if length <= have:
             self._with_payload(request, rx[body : body + length], None)
             return body + length
+        if self._writes.pending and length <= RECEIVE_SIZE - self._frame.size:
+            return -1  # the thread that stores the writes before it receives the rest
         buffers = self._reactor.buffers
         if not buffers.affords(length):
-            self._waiting_for_memory = True
-            buffers.when_affordable(self._memory_is_back)
+            self._wait_for_memory()
             return -1
         payload = Payload(request, length, buffers.borrow(length))
         assert payload.buffer is not None
@@ -339,6 +386,10 @@ class Transmission:
         payload.have = have
         self._payload = payload
         return end
+
+    def _wait_for_memory(self) -> None:
+        self._waiting_for_memory = True
+        self._reactor.buffers.when_affordable(self._memory_is_back)
 
     def _memory_is_back(self) -> None:
         # Not now: this is called in the middle of somebody else's turn.
@@ -363,6 +414,9 @@ class Transmission:
                 raise ConnectionError("the client left in the middle of a request")
             payload.have += count
         self._payload = None
+        if payload.refusal is not None:
+            self._refuse(payload.request, *payload.refusal)
+            self._sender.push()
         if buffer is not None:
             self._with_payload(payload.request, buffer.view(payload.length), buffer)
         return True
@@ -382,16 +436,11 @@ class Transmission:
     def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
         """The payload is here; without ``owner`` it lies in the shared receive buffer."""
         if request.command == Command.WRITE:
-            run = self._disk.place(request.offset, request.length)
-            if run is None:
-                self._write_slowly(request, data, owner)
-                return
-            durable = bool(request.flags & CommandFlag.FUA)
-            self._batch.add(Write(request.cookie, request.offset, run, data, durable))
-            if owner is None:
-                self._batch_pins_receive = True
+            if self._writes.place(request.offset, request.length):
+                durable = bool(request.flags & CommandFlag.FUA)
+                self._writes.add(request.cookie, request.offset, data, owner, durable=durable)
             else:
-                self._batch.owners.append(owner)
+                self._write_slowly(request, data, owner)
             return
         self._filtered_status(request, bytes(data))
         if owner is not None:
@@ -416,48 +465,13 @@ class Transmission:
             owner.data[: request.length] = data
         self._start(request, self._slow.write(request, owner.view(request.length)), owner)
 
-    def _submit_writes(self) -> None:
-        batch = self._batch
-        if not batch.writes:
-            return
-        self._batch = WriteBatch()
-        if self._batch_pins_receive:
-            self._batch_pins_receive = False
-            batch.owners.append(self._reactor.receive)
-            self._reactor.renew_receive()
-        self._in_flight += len(batch.writes)
-        self._in_flight_bytes += batch.length
-        self._reactor.workers.submit(store, batch.writes, done=partial(self._stored, batch))
-
-    def _stored(
-        self, batch: WriteBatch, results: list[OSError | None], error: BaseException | None
-    ) -> None:
-        writes = batch.writes
-        self._in_flight -= len(writes)
-        self._in_flight_bytes -= batch.length
-        if error is not None:
-            log.error("session.bug while storing", exc_info=error)
-            results = [OSError()] * len(writes)
-        replies = []
-        for write, failure in zip(writes, results, strict=True):
-            if failure is None:
-                replies.append(self._encoder.done(write.cookie, write.offset))
-            else:
-                text = f"writing {self._disk.name}: {failure.strerror}"
-                errno = wire_errno(failure.errno)
-                replies.append(self._encoder.error(write.cookie, write.offset, errno, text))
-        writes.clear()
-        for owner in batch.owners:
-            self._reactor.buffers.release(owner)
-        self._deliver([(b"".join(replies), None)])
-
     # --- files that must be read in again ------------------------------------------------------
 
     def _warm(self, part: FilePart) -> None:
         """What waited for the client to read on has left the page cache meanwhile."""
         self._in_flight += 1
-        run = FileRun(part.fd, part.position, part.length, part.inline)
-        self._reactor.workers.submit(make_resident, run, done=self._warmed)
+        where = (part.fd, part.position, part.length)
+        self._reactor.workers.submit(make_resident, *where, done=self._warmed)
 
     def _warmed(self, _result: object, _error: BaseException | None) -> None:
         self._in_flight -= 1
@@ -504,8 +518,10 @@ class Transmission:
             elif owner is not None:
                 self._reactor.buffers.release(owner)
         if self._closed:
-            if not self._in_flight:
+            if not self._in_flight and not self._writes.lent:
                 self._on_closed()
+            return
+        if self._writes.lent:
             return
         try:
             self._sender.out.flush()

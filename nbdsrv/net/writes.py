@@ -2,91 +2,290 @@ r"""Writes that go where they say: collected during a turn, stored by one thread
 
 ::
 
-    turn      WRITE WRITE ... WRITE    payloads stay where they were received
+    loop      WRITE WRITE ... WRITE    payloads stay where they were received
                  \____ batch ____/
-    thread    pwritev(adjacent together), RWF_DSYNC for FUA
-    loop      all replies in one send, buffers given back
+    thread    pwrite each (adjacent ones together, RWF_DSYNC for FUA), reply,
+              receive the next writes, ... : a *streak*
+    loop      goes on with whatever came that was not such a write
 
-One hand-over for a whole batch is what makes threads affordable for 4 KiB writes.
+A hand-over between loop and thread costs more than a 4 KiB write. So the thread that stores a batch
+keeps the connection for as long as nothing but plain writes arrives, and at most ``STREAK_S``.
+
+Rule: while a connection is lent, only its thread touches the socket and this object; the loop
+neither polls nor sends. Reads, flushes and all the rest end the streak and return to the loop.
 """
 
+import logging
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 
-from nbdsrv.disk.runs import FileRun
+from nbdsrv.disk.disk import Disk
 from nbdsrv.net.buffers import Buffer
+from nbdsrv.net.channel import Channel
+from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
+from protocol.constants import Dialect
+from protocol.headers import EXTENDED_REQUEST, EXTENDED_WRITE_KEY, REQUEST, WRITE_KEY
+from protocol.replies import ChunkEncoder, SimpleEncoder, wire_errno
 
-__all__ = ["Write", "WriteBatch", "store"]
+__all__ = ["Streak", "Writes", "store"]
+
+log = logging.getLogger(__name__)
 
 MAX_VIEWS = 512
 """Buffers in one pwritev; the kernel's IOV_MAX is 1024."""
+STREAK_S = 0.02
+"""Seconds a thread keeps a connection; other clients may be waiting for a thread."""
+SPIN_S = 0.00005
+"""Seconds it looks for the next write before it gives the connection back."""
+
+NO_WINDOW = (0, 0, -1, 0)
+
+Write = tuple[int, int, int, int, memoryview, bool]
+"""cookie, disk offset, file descriptor, file position, data, FUA."""
 
 
-class Write(NamedTuple):
-    """One WRITE request; ``data`` is valid until the batch's owners are released."""
+@dataclass(slots=True)
+class Streak:
+    """What a thread gives back with the connection.
 
-    cookie: int
-    offset: int
-    run: FileRun
-    data: memoryview
-    durable: bool
+    Attributes:
+        unsent: replies the socket did not take.
+        left: received bytes that begin with something else than a plain write.
+        end_of_stream: the client has sent its last byte.
+    """
 
-
-class WriteBatch:
-    """Writes and the buffers their payloads live in."""
-
-    __slots__ = ("length", "owners", "writes")
-
-    def __init__(self) -> None:
-        self.writes: list[Write] = []
-        self.owners: list[Buffer] = []
-        self.length = 0
-
-    def add(self, write: Write) -> None:
-        """Append; the buffer behind ``write.data`` must become one of ``owners``."""
-        self.writes.append(write)
-        self.length += write.run.length
+    unsent: bytes = b""
+    left: bytes = b""
+    end_of_stream: bool = False
 
 
-def store(writes: Sequence[Write]) -> list[OSError | None]:
-    """Perform ``writes`` in order, blocking; one result for each. For worker threads."""
-    results: list[OSError | None] = []
-    at = 0
-    while at < len(writes):
-        group = _adjacent(writes, at)
-        first = writes[at]
-        flags = os.RWF_DSYNC if first.durable else 0
+class Writes:
+    """One client's overwrites.
+
+    Attributes:
+        lent: a thread has the connection.
+        recalled: set it to have the connection back soon.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        reactor: Reactor,
+        channel: Channel,
+        encoder: SimpleEncoder | ChunkEncoder,
+        dialect: Dialect,
+        returned: Callable[[Streak | None, BaseException | None], None],
+    ) -> None:
+        """``returned`` is called on the loop when a thread is done with the connection."""
+        self._disk = disk
+        self._reactor = reactor
+        self._channel = channel
+        self._encoder = encoder
+        self._returned = returned
+        extended = dialect is Dialect.EXTENDED
+        self._frame = EXTENDED_REQUEST if extended else REQUEST
+        self._key = EXTENDED_WRITE_KEY if extended else WRITE_KEY
+        self._window = NO_WINDOW
+        self._epoch = disk.epoch
+        self._writes: list[Write] = []
+        self._owners: list[Buffer] = []
+        self.lent = False
+        self.recalled = False
+
+    @property
+    def pending(self) -> bool:
+        """Has anything been collected?"""
+        return bool(self._writes)
+
+    def serve(self, rx: memoryview, at: int, end: int) -> int:
+        """Take plain writes within the window from ``rx[at:]`` whose payloads are complete.
+
+        Returns:
+            Where it stopped, at the first request that is anything else.
+        """
+        if self._epoch != self._disk.epoch:
+            self._epoch = self._disk.epoch
+            self._window = NO_WINDOW
+        start, stop, fd, shift = self._window
+        unpack_from, size, write_key = self._frame.unpack_from, self._frame.size, self._key
+        append = self._writes.append
+        while end - at >= size:
+            key, cookie, offset, length = unpack_from(rx, at)
+            data = at + size
+            after = data + length
+            if key != write_key or after > end or not length:
+                break
+            if offset < start or offset + length > stop:
+                break
+            append((cookie, offset, fd, offset + shift, rx[data:after], False))
+            at = after
+        return at
+
+    def place(self, offset: int, length: int) -> bool:
+        """May this write be ``add``-ed? Otherwise only ``Disk.write`` will do."""
+        start, stop, _, _ = self._window
+        if self._epoch == self._disk.epoch and start <= offset and offset + length <= stop:
+            return True
+        run = self._disk.place(offset, length)
+        if run is None:
+            return False
+        self._epoch = self._disk.epoch
+        self._window = (offset, offset + run.length, run.fd, run.position - offset)
+        return True
+
+    def add(
+        self, cookie: int, offset: int, data: memoryview, owner: Buffer | None, *, durable: bool
+    ) -> None:
+        """One write more. Without ``owner`` its data lies in the reactor's receive buffer."""
+        _, _, fd, shift = self._window
+        self._writes.append((cookie, offset, fd, offset + shift, data, durable))
+        if owner is not None:
+            self._owners.append(owner)
+
+    def lend(self, at: int, end: int, *, alone: bool) -> None:
+        """Have a thread store what was collected, and go on with the connection.
+
+        Args:
+            at: where in the reactor's receive buffer the bytes not yet looked at begin,
+            end: and where they end.
+            alone: only store and reply: the loop already has bytes that come next.
+        """
+        reactor = self._reactor
+        buffer = reactor.receive
+        reactor.renew_receive()
+        self._owners.append(buffer)
+        self.lent = True
+        self.recalled = alone
+        reactor.remove(self._channel.fileno())
+        reactor.workers.submit(self._streak, buffer.data, at, end, done=self._done)
+
+    def drop(self) -> None:
+        """Forget what was collected: the client is gone."""
+        self._writes.clear()
+        for owner in self._owners:
+            self._reactor.buffers.release(owner)
+        self._owners.clear()
+
+    def _done(self, streak: Streak | None, error: BaseException | None) -> None:
+        self.lent = False
+        self.drop()
+        self._returned(streak, error)
+
+    # --- in a thread -----------------------------------------------------------------------
+
+    def _streak(self, rx: memoryview, at: int, end: int) -> Streak:
+        """Store, reply, receive, until something else than a plain write has come."""
+        send, ends = self._channel.send, perf_counter() + STREAK_S
+        while True:
+            replies = self._store()
+            if at:
+                rx[: end - at] = rx[at:end]
+                end -= at
+            sent = send(replies)
+            streak = Streak(unsent=replies[sent:])
+            if not streak.unsent and not self.recalled and perf_counter() < ends:
+                at, end = self._receive(rx, end, streak)
+                if at:
+                    continue
+            streak.left = bytes(rx[:end])
+            return streak
+
+    def _receive(self, rx: memoryview, end: int, streak: Streak) -> tuple[int, int]:
+        """Collect writes from the socket behind ``rx[:end]``.
+
+        Returns:
+            Where the bytes not looked at begin (0: nothing was collected) and where they end.
+        """
+        receive_into = self._channel.receive_into
+        ends = perf_counter() + SPIN_S
+        while True:
+            at = self.serve(rx, 0, end)
+            if at or not self._promising(rx, end):
+                return at, end
+            while (count := receive_into(rx[end:])) is None:
+                if perf_counter() > ends:
+                    return 0, end
+            if not count:
+                streak.end_of_stream = True
+                return 0, end
+            end += count
+
+    def _promising(self, rx: memoryview, end: int) -> bool:
+        """Does ``rx[:end]`` begin a plain write that is merely not complete?"""
+        size = self._frame.size
+        if end < size:
+            return True
+        key, _, offset, length = self._frame.unpack_from(rx)
+        start, stop, _, _ = self._window
+        fits = 0 < length <= RECEIVE_SIZE - size
+        return bool(key == self._key and fits and start <= offset and offset + length <= stop)
+
+    def _store(self) -> bytes:
+        """Store what was collected; returns all replies."""
+        writes = self._writes
+        failures = store(writes)
+        if failures:
+            replies = [self._reply(write, failures.get(i)) for i, write in enumerate(writes)]
+        else:
+            done = self._encoder.done
+            replies = [done(write[0], write[1]) for write in writes]
+        writes.clear()
+        return b"".join(replies)
+
+    def _reply(self, write: Write, failure: OSError | None) -> bytes:
+        cookie, offset, *_ = write
+        if failure is None:
+            return self._encoder.done(cookie, offset)
+        text = f"writing {self._disk.name}: {failure.strerror}"
+        return self._encoder.error(cookie, offset, wire_errno(failure.errno), text)
+
+
+def store(writes: Sequence[Write]) -> dict[int, OSError]:
+    """Perform ``writes`` in order, blocking. For worker threads.
+
+    Returns:
+        The failures by index. Writes stored together fail together: the disk does not say
+        which of them it was.
+    """
+    failures: dict[int, OSError] = {}
+    pwrite = os.pwrite
+    at, count = 0, len(writes)
+    while at < count:
+        _, _, fd, position, data, durable = writes[at]
+        after = at + 1
+        if durable or (after < count and writes[after][3] == position + len(data)):
+            after = _adjacent(writes, at)
         try:
-            _pwritev_exactly(first.run, [write.data for write in group], flags)
-            results += [None] * len(group)
+            if after > at + 1 or durable or pwrite(fd, data, position) != len(data):
+                _store_exactly(writes[at:after])
         except OSError as error:
-            # A group fails as a whole: its members were not distinguishable to the disk.
-            results += [error] * len(group)
-        at += len(group)
-    return results
+            failures |= dict.fromkeys(range(at, after), error)
+        at = after
+    return failures
 
 
-def _adjacent(writes: Sequence[Write], at: int) -> Sequence[Write]:
-    """The longest stretch from ``at`` that one pwritev can store."""
-    first = writes[at]
-    position = first.run.position + first.run.length
+def _adjacent(writes: Sequence[Write], at: int) -> int:
+    """The end of the longest stretch from ``at`` that one pwritev can store."""
+    _, _, fd, position, data, durable = writes[at]
+    position += len(data)
     end = at + 1
     while end < len(writes) and end - at < MAX_VIEWS:
-        write = writes[end]
-        if write.run.fd != first.run.fd or write.run.position != position:
+        _, _, next_fd, next_position, data, next_durable = writes[end]
+        if (next_fd, next_position, next_durable) != (fd, position, durable):
             break
-        if write.durable != first.durable:
-            break
-        position += write.run.length
+        position += len(data)
         end += 1
-    return writes[at:end]
+    return end
 
 
-def _pwritev_exactly(run: FileRun, views: list[memoryview], flags: int) -> None:
-    position = run.position
+def _store_exactly(writes: Sequence[Write]) -> None:
+    _, _, fd, position, _, durable = writes[0]
+    flags = os.RWF_DSYNC if durable else 0
+    views = [write[4] for write in writes]
     while views:
-        count = os.pwritev(run.fd, views, position, flags)
+        count = os.pwritev(fd, views, position, flags)
         position += count
         while views and count >= len(views[0]):
             count -= len(views.pop(0))
