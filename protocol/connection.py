@@ -64,6 +64,7 @@ class ClientConnection:
         self.terms = terms
         self.salvaged: list[Answer] = []
         self._extended = terms.dialect is Dialect.EXTENDED
+        self._offered: set[tuple[Command, int]] = set()  # what has been checked already
         self._inflight: dict[int, Inflight] = {}
         self._incoming = Incoming(terms, self._inflight)
         self._next_cookie = 1
@@ -193,8 +194,11 @@ class ClientConnection:
         contexts: frozenset[int] = frozenset(),
         payload: bytes = b"",
     ) -> tuple[int, bytes]:
-        self._check_open()
-        self._check_offered(command, flags)
+        if self._error is not None or self._disconnecting:
+            self._check_open()
+        if (command, flags) not in self._offered:
+            self._check_offered(command, flags)
+            self._offered.add((command, flags))
         if self.leaving:
             raise LocalProtocolError("the server is shutting down: disconnect")
         cookie = self._next_cookie

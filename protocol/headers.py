@@ -26,6 +26,7 @@ from protocol.constants import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     Command,
+    CommandFlag,
     ReplyFlag,
     ReplyType,
 )
@@ -91,6 +92,7 @@ def extended_chunk_key(kind: int, flags: int = 0) -> int:
 READ_KEY = request_key(Command.READ)
 WRITE_KEY = request_key(Command.WRITE)
 EXTENDED_READ_KEY = extended_request_key(Command.READ)
+EXTENDED_WRITE_KEY = extended_request_key(Command.WRITE, CommandFlag.PAYLOAD_LEN)
 DATA_DONE_KEY = chunk_key(ReplyType.OFFSET_DATA, ReplyFlag.DONE)
 DATA_KEY = chunk_key(ReplyType.OFFSET_DATA)
 DONE_KEY = chunk_key(ReplyType.NONE, ReplyFlag.DONE)

@@ -44,6 +44,8 @@ NOBODY = Inflight(0, Command.DISC, 0, 0)
 """Whose reply is being received between two replies."""
 
 DATA_OFFSET_SIZE = 8
+LAST = int(ReplyFlag.DONE) << 16
+"""DONE, where a header's key has its flags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,8 @@ class Incoming:
     def _on_extended(self, frame: Frame) -> None:
         key, cookie, offset, length = EXTENDED_HEADER.unpack(frame)
         request = self._find(cookie)
-        payloads.need(offset == request.offset, f"reply header with offset {offset}", request)
+        if offset != request.offset:
+            raise payloads.invalid(f"reply header with offset {offset}", request)
         self._begin_chunk(request, key, length)
 
     def _find(self, cookie: int) -> Inflight:
@@ -189,7 +192,7 @@ class Incoming:
 
     def _begin_chunk(self, request: Inflight, key: int, length: int) -> None:
         self._request = request
-        self._last = bool(key >> 16 & ReplyFlag.DONE)
+        self._last = bool(key & LAST)
         self._kind = key & 0xFFFF
         self._length = length
         payloads.check_length(self._kind, length, request, self._dialect)

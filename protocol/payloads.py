@@ -51,6 +51,7 @@ MAX_ERROR_CHUNK = ERROR.size + MAX_STRING + 4096
 """Bytes in an error chunk: the longest text, and room for the fields of types to come."""
 
 ERRNOS = {int(errno): errno for errno in Errno}
+KINDS = {int(kind): kind for kind in ReplyType}
 
 COMMANDS = {
     ReplyType.OFFSET_DATA: Command.READ,
@@ -71,18 +72,21 @@ def is_error(kind: int) -> bool:
 
 def check_length(kind: int, length: int, request: Inflight, dialect: Dialect) -> None:
     """Judge a chunk by its header: may it answer this request, may it be that long?"""
+    if kind == ReplyType.OFFSET_DATA and request.command is Command.READ:
+        if not OFFSET.size < length <= OFFSET.size + request.length:
+            raise invalid(f"chunk OFFSET_DATA of {length} bytes", request)
+        return
     if is_error(kind):
         least = ERROR.size + (OFFSET.size if kind == ReplyType.ERROR_OFFSET else 0)
         need(least <= length <= MAX_ERROR_CHUNK, f"error chunk of {length} bytes", request)
         return
-    need(kind in set(ReplyType), f"chunk of unknown type {kind}", request)
-    known = ReplyType(kind)
+    known = KINDS.get(kind)
+    if known is None:
+        raise invalid(f"chunk of unknown type {kind}", request)
     what = f"chunk {known.name} of {length} bytes"
     need(COMMANDS.get(known, request.command) is request.command, what, request)
     need(DIALECTS.get(known, dialect) is dialect, f"{what} after {dialect.name}", request)
     match known:
-        case ReplyType.OFFSET_DATA:
-            fits = OFFSET.size < length <= OFFSET.size + request.length
         case ReplyType.OFFSET_HOLE:
             fits = length == HOLE.size
         case ReplyType.BLOCK_STATUS:
@@ -159,7 +163,7 @@ def error(kind: int, frame: Frame, request: Inflight) -> Failed:
     placed = kind == ReplyType.ERROR_OFFSET
     fits = end + (OFFSET.size if placed else 0) <= len(frame) and text_length <= MAX_STRING
     need(fits, f"error chunk of {len(frame)} bytes with a text of {text_length}", request)
-    need(number or kind not in set(ReplyType), "error chunk without an error", request)
+    need(number or kind not in KINDS, "error chunk without an error", request)
     offset = None
     if placed and request.command is not Command.FLUSH:
         (offset,) = OFFSET.unpack(frame[end : end + OFFSET.size])
@@ -176,4 +180,8 @@ def failed(number: int, text: str, offset: int | None, request: Inflight) -> Fai
 
 def need(condition: object, what: str, request: Inflight) -> None:
     if not condition:
-        raise RemoteProtocolError(f"server sent an invalid answer to {request}: {what}")
+        raise invalid(what, request)
+
+
+def invalid(what: str, request: Inflight) -> RemoteProtocolError:
+    return RemoteProtocolError(f"server sent an invalid answer to {request}: {what}")

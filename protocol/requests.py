@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from struct import Struct
 
 from protocol.constants import Command, CommandFlag, Dialect, Errno, TransmissionFlag
-from protocol.handshake.options import BlockSizes
+from protocol.terms import BlockSizes
 
 __all__ = ["MAX_PAYLOAD", "Framing", "Request", "Rules", "parse_status_payload"]
 
@@ -124,6 +124,8 @@ class Rules:
         return refusal
 
     def _check_offer(self, command: Command, flags: int) -> _Refusal | None:
+        if flags & CommandFlag.PAYLOAD_LEN & ~self._allowed[command]:
+            return Errno.EINVAL, f"{command.name} takes no payload here"
         if command in _MODIFYING and TransmissionFlag.READ_ONLY in self._offered:
             return Errno.EPERM, "the export is read-only"
         needs = _NEEDS.get(command)

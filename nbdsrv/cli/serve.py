@@ -5,7 +5,6 @@ import contextlib
 import os
 import resource
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -244,12 +243,13 @@ def _listeners(settings: Settings) -> list[Listener]:
 
 
 def _announce(catalogue: Catalogue, listeners: Sequence[Listener], mode: TlsMode) -> None:
+    uris = []
     for listener in listeners:
         for export in catalogue:
             name = "" if len(catalogue) == 1 else export.name
             secure = mode is TlsMode.REQUIRED or export.tls_only
-            print(_uri(listener, name, secure=secure))
-    sys.stdout.flush()
+            uris.append(str(_uri(listener, name, secure=secure)))
+    print(*dict.fromkeys(uris), sep="\n", flush=True)
     notify(f"READY=1\nSTATUS=serving {len(catalogue)} exports")
 
 

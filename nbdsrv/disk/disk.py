@@ -21,7 +21,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
-from protocol.handshake.options import BlockSizes
+from protocol.terms import BlockSizes
 
 __all__ = ["Ability", "Disk", "read_runs"]
 

@@ -258,6 +258,8 @@ def _seek(fd: int, at: int, whence: int, size: int) -> int:
     try:
         return min(os.lseek(fd, at, whence), size)
     except OSError as error:
+        if error.errno == os_errno.EINVAL:  # a block device: it has no holes it knows of
+            return at if whence == os.SEEK_DATA else size
         if error.errno != os_errno.ENXIO:
             raise
     info = os.fstat(fd)

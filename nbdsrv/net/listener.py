@@ -28,10 +28,16 @@ FIRST_ACTIVATED_FD = 3
 
 @dataclass(slots=True)
 class Listener:
-    """A listening socket, and the file to remove when it closes."""
+    """A listening socket.
+
+    Attributes:
+        path: the file to remove when it closes.
+        name: the host name it was asked for by, which a certificate may have to match.
+    """
 
     sock: socket.socket
     path: str | None = None
+    name: str | None = None
 
     def close(self) -> None:
         """Stop listening; remove the Unix socket we made, if it is still ours."""
@@ -46,7 +52,7 @@ class Listener:
         name = self.sock.getsockname()
         if self.sock.family == socket.AF_UNIX:
             return os.fsdecode(name)
-        return str(name[0]), int(name[1])
+        return self.name or str(name[0]), int(name[1])
 
 
 def listen(where: str, *, socket_mode: int = 0o600) -> list[Listener]:
@@ -103,7 +109,7 @@ def _listen_tcp(where: str, host: str | None, port: int) -> Iterator[Listener]:
                 hint = "; another server uses this port, choose one with --listen HOST:PORT"
             reason = os.strerror(error.errno or 0)
             raise ListenError(f"cannot listen on {where}: {reason}{hint}") from error
-        opened.append(Listener(sock))
+        opened.append(Listener(sock, name=host))
     yield from opened
 
 

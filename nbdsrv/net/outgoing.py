@@ -70,7 +70,11 @@ Part = tuple[memoryview | bytes, Buffer | None] | FilePart
 
 
 class Outgoing:
-    """The queue of one client. Belongs to the loop."""
+    """The queue of one client. Belongs to the loop.
+
+    Attributes:
+        sent: bytes that have left from here, to tell a slow reader from one that has stopped.
+    """
 
     def __init__(
         self, channel: Channel, buffers: Buffers, warm: Callable[[FilePart], None]
@@ -80,6 +84,7 @@ class Outgoing:
         self._buffers = buffers
         self._warm = warm
         self._warming = False
+        self.sent = 0
         self._parts: deque[Part] = deque()
 
     def __bool__(self) -> bool:
@@ -88,6 +93,10 @@ class Outgoing:
     def add(self, data: memoryview | bytes, owner: Buffer | None = None) -> None:
         """Queue ``data``; ``owner`` is released once it has been sent."""
         self._parts.append((data, owner))
+
+    def add_first(self, data: bytes) -> None:
+        """Queue the rest of something that has been sent in part already."""
+        self._parts.appendleft((data, None))
 
     def add_file(self, part: FilePart) -> None:
         """Queue a range of a file."""
@@ -127,6 +136,7 @@ class Outgoing:
 
     def _send(self, data: memoryview | bytes, owner: Buffer | None) -> bool:
         count = self._channel.send(data)
+        self.sent += count
         if count < len(data):
             if count:
                 self._parts[0] = (memoryview(data)[count:], owner)
@@ -154,6 +164,7 @@ class Outgoing:
                 return True
             part.position += count
             part.length -= count
+            self.sent += count
         self._parts.popleft()
         if tail := part.tail():
             self._parts.appendleft((tail, None))

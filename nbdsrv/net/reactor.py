@@ -30,13 +30,15 @@ RECEIVE_SIZE = 1 << 19
 """Bytes taken from one client at a time: a 256 KiB write and most of the next."""
 ARENA_SIZE = 1 << 20
 """Bytes of replies built before they are sent."""
+WASTE_SIZE = 1 << 16
+"""Bytes of an unwanted payload thrown away at a time."""
 
 TURN = 0.001
 """Seconds the reactor keeps the loop while there is work; then everyone else gets a turn."""
-SPIN = 0.00005
+SPIN = float(__import__("os").environ.get("SP", "50")) * 1e-6
 """Seconds to look for the next request after a batch."""
 MAX_CREDIT = 64
-MISS_COST = 4
+MISS_COST = int(__import__("os").environ.get("MC", "4"))
 """Looking must succeed at least once in five times, or it stops until traffic is lively again."""
 
 
@@ -58,6 +60,7 @@ class Reactor:
         self.buffers = buffers
         self.receive = buffers.borrow(RECEIVE_SIZE)
         self.arena = buffers.borrow(ARENA_SIZE)
+        self.waste = memoryview(bytearray(WASTE_SIZE))
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
@@ -91,10 +94,6 @@ class Reactor:
     def renew_receive(self) -> None:
         """Somebody keeps the receive buffer (and releases it one day): take another."""
         self.receive = self.buffers.borrow(RECEIVE_SIZE)
-
-    def renew_arena(self) -> None:
-        """Somebody keeps the arena (and releases it one day): take another."""
-        self.arena = self.buffers.borrow(ARENA_SIZE)
 
     def close(self) -> None:
         """Serve nobody any more. Descriptors stay their owners'."""

@@ -120,7 +120,7 @@ class Server:
             await asyncio.wait(self._releases)
         self._reactor.close()
 
-    # --- accepting -------------------------------------------------------------------------
+    # --- accepting ------------------------------------------------------
 
     def _accept(self, listener: Listener) -> None:
         for _ in range(ACCEPT_BATCH):
@@ -154,7 +154,7 @@ class Server:
     def _full(self) -> bool:
         return len(self._clients) >= self._limits.connections
 
-    # --- one client ------------------------------------------------------------------------
+    # --- one client ------------------------------------------------------
 
     async def _greet(self, sock: socket.socket) -> None:
         greeting = None

@@ -8,13 +8,15 @@ wire's.
 """
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from nbdsrv.disk.disk import Disk, read_runs
 from nbdsrv.disk.runs import FileRun, Run
-from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
-from nbdsrv.net.buffers import Buffer, Buffers
+from nbdsrv.net.buffers import Buffer
+from nbdsrv.net.reactor import Reactor
 from protocol.constants import Command, CommandFlag, Errno
 from protocol.errors import LocalProtocolError
 from protocol.extents import ExtentList
@@ -23,6 +25,12 @@ from protocol.requests import Request
 
 __all__ = ["Answer", "SlowRequests"]
 
+log = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 1024
+"""Requests of one client being worked on; it may send more, they wait in its socket."""
+MAX_IN_FLIGHT_BYTES = 16 << 20
+"""Bytes those requests may move, likewise."""
 MAX_READING = 16
 """Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
 
@@ -31,22 +39,65 @@ Answer = list[tuple[memoryview | bytes, Buffer | None]]
 
 
 class SlowRequests:
-    """Carries out requests against one Disk for one client."""
+    """Carries out requests against one Disk for one client.
+
+    Attributes:
+        in_flight: requests (and other work of the client) that have not been answered.
+    """
 
     def __init__(
         self,
         disk: Disk,
-        workers: Workers,
-        buffers: Buffers,
+        reactor: Reactor,
         encoder: SimpleEncoder | ChunkEncoder,
         contexts: dict[int, str],
+        deliver: Callable[[Answer], None],
     ) -> None:
+        """``deliver`` sends an answer and becomes the owner of its buffers."""
         self._disk = disk
-        self._workers = workers
-        self._buffers = buffers
+        self._workers = reactor.workers
+        self._buffers = reactor.buffers
         self._encoder = encoder
         self._contexts = contexts
+        self._deliver = deliver
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes = 0
+        self.in_flight = 0
         self._reading = asyncio.Semaphore(MAX_READING)
+
+    def full(self) -> bool:
+        """Is so much being worked on that no more should be received?"""
+        return self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_IN_FLIGHT_BYTES
+
+    def start(
+        self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
+    ) -> None:
+        """Have a task carry out ``request``; ``owner`` is released when it has."""
+        self.in_flight += 1
+        moved = request.length if request.command in _MOVING else 0
+        self._bytes += moved
+        task = asyncio.get_running_loop().create_task(self._perform(request, work, owner, moved))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _perform(
+        self,
+        request: Request,
+        work: Coroutine[Any, Any, Answer],
+        owner: Buffer | None,
+        moved: int,
+    ) -> None:
+        try:
+            answer = await work
+        except Exception as error:
+            if not isinstance(error, DiskError | OSError):
+                log.exception("session.bug in request %s", request)
+            answer = [(self.failure(request, error), None)]
+        if owner is not None:
+            self._buffers.release(owner)
+        self.in_flight -= 1
+        self._bytes -= moved
+        self._deliver(answer)
 
     async def read(self, request: Request) -> Answer:
         """READ: holes as holes where the dialect has them and DF does not forbid it."""
@@ -180,6 +231,7 @@ class SlowRequests:
         return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
 
 
+_MOVING = frozenset({Command.READ, Command.WRITE})
 _CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 
 

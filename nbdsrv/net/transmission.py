@@ -19,22 +19,21 @@ Rules:
 * After DISC (or end of stream) everything in flight is finished and sent before the close.
 """
 
-import asyncio
 import logging
 import select
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import make_resident
-from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.outgoing import FilePart
+from nbdsrv.net.payload import Payload, Refusal
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.slow import Answer, SlowRequests
+from nbdsrv.net.stall import Stall
 from nbdsrv.net.writes import Streak, Writes
 from protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
@@ -56,40 +55,15 @@ __all__ = ["Transmission"]
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 1024
-"""Requests of one client being worked on; it may send more, they wait in its socket."""
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Bytes those requests may move, likewise."""
-
 TURN_REQUESTS = 256
 """Requests served before the other clients have their turn (about a millisecond)."""
-STALL_S = 30.0
-"""Seconds a client may sit on a half-sent payload while others wait for memory."""
+DRAIN_TURNS = 64
+"""Turns of requests a client is refused when the server stops; more have not been sent in time."""
 
-Refusal = tuple[Errno, str]
 SHUTDOWN: Refusal = (Errno.ESHUTDOWN, "the server is shutting down")
 
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
-
-
-class Payload:
-    """A request whose payload is still arriving.
-
-    Without a buffer it is thrown away, and ``refusal`` sent when all of it has come: libnbd does
-    not expect an answer to a request it is still sending.
-    """
-
-    __slots__ = ("buffer", "have", "length", "refusal", "request")
-
-    def __init__(
-        self, request: Request, length: int, buffer: Buffer | None, refusal: Refusal | None = None
-    ) -> None:
-        self.request = request
-        self.length = length
-        self.buffer = buffer
-        self.refusal = refusal
-        self.have = 0
 
 
 class Transmission:
@@ -124,26 +98,22 @@ class Transmission:
         )
         self._context_ids = tuple(agreement.contexts)
         self._encoder = encoder(dialect)
-        self._slow = SlowRequests(
-            disk, reactor.workers, reactor.buffers, self._encoder, agreement.contexts
-        )
+        self._slow = SlowRequests(disk, reactor, self._encoder, agreement.contexts, self._deliver)
         self._sender = Sender(reactor, channel, self._warm)
         self._reads = Reads(disk, self._sender, self._encoder, dialect, secure=channel.secure)
         self._writes = Writes(disk, reactor, channel, self._encoder, dialect, self._streak_ended)
         self._left = b""
         self._more = False
         self._payload: Payload | None = None
-        self._in_flight = 0
-        self._in_flight_bytes = 0
-        self._tasks: set[asyncio.Task[None]] = set()
         self._waiting_for_memory = False
         self._end_of_stream = False
         self._ending = False
         self._closed = False
         self._draining = False
+        self._stall = Stall(reactor.buffers, self._progress, self._give_up)
         self._mask = _READ
 
-    # --- life ------------------------------------------------------------------------------
+    # --- life ------------------------------------------------------
 
     def start(self, remainder: bytes = b"") -> None:
         """Begin to serve; ``remainder`` are bytes that came with the handshake."""
@@ -159,8 +129,11 @@ class Transmission:
         if self._writes.lent:
             self._writes.recalled = True
         elif not self._closed:
-            self._more = True
-            self.resume()
+            for _ in range(DRAIN_TURNS):
+                self._more = False
+                self.resume()
+                if not self._more:
+                    break
             self._ending = True
             self._after()
 
@@ -182,7 +155,7 @@ class Transmission:
             self._reactor.buffers.release(self._payload.buffer)
         self._payload = None
         self._channel.close()
-        if not self._in_flight:
+        if not self._slow.in_flight:
             self._on_closed()
 
     def on_events(self, events: int) -> None:
@@ -226,18 +199,19 @@ class Transmission:
             or self._closed
             or self._waiting_for_memory
             or self._writes.lent
-            or self._in_flight >= MAX_IN_FLIGHT
-            or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
+            or self._slow.full()
         )
 
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
         if self._closed or self._writes.lent:
             return
-        if self._ending and not self._in_flight and not self._sender.out:
+        if self._ending and not self._slow.in_flight and not self._sender.out:
             self.abort()
             return
         may_read = self._may_read()
+        if self._sender.out:
+            self._stall.watch()
         mask = (_READ if may_read else 0) | (_WRITE if self._sender.out.blocked else 0)
         if mask != self._mask:
             self._mask = mask
@@ -246,20 +220,16 @@ class Transmission:
             self._more = False
             self._reactor.again(self)
 
-    # --- receiving ---------------------------------------------------------------------------
+    # --- receiving ------------------------------------------------------
 
     def _turn(self) -> None:
         """Take what has arrived and serve it; bounded in requests and bytes."""
         if self._payload is not None and not self._fill_payload(self._payload):
             return
         if self._writes.pending:
-            self._writes.lend(0, 0, alone=bool(self._left))
+            self._writes.lend(0, 0, alone=bool(self._left), mute=bool(self._sender.out))
             return
-        if not self._reactor.buffers.affords(RECEIVE_SIZE):
-            self._wait_for_memory()
-            return
-        receive = self._reactor.receive
-        rx = receive.data
+        rx = self._reactor.receive.data
         end = len(self._left)
         if end:
             rx[:end] = self._left
@@ -271,16 +241,16 @@ class Transmission:
             elif count is not None:
                 end += count
         at = self._consume(rx, end)
-        if self._payload is not None and not self._fill_payload(self._payload):
-            self._watch(self._payload, self._payload.have)
+        if self._payload is not None:
+            self._fill_payload(self._payload)  # usually the rest is there already
         if self._writes.pending:
             alone = self._payload is not None or not self._may_read() or self._end_of_stream
             if not alone:
-                self._writes.lend(at, end, alone=False)
+                self._writes.lend(at, end, alone=False, mute=False)
                 return
         self._keep(rx, at, end)
         if self._writes.pending:
-            self._writes.lend(0, 0, alone=True)
+            self._writes.lend(0, 0, alone=True, mute=bool(self._sender.out))
 
     def _keep(self, rx: memoryview, at: int, end: int) -> None:
         """What could not be served yet waits until the next turn."""
@@ -300,7 +270,8 @@ class Transmission:
             self._lost(error)
             return
         if streak.unsent:
-            self._sender.out.add(streak.unsent)
+            add = self._sender.out.add_first if streak.torn else self._sender.out.add
+            add(streak.unsent)
         if streak.left:
             self._left = streak.left
         self._end_of_stream = self._end_of_stream or streak.end_of_stream
@@ -314,13 +285,15 @@ class Transmission:
         """Serve the requests in ``rx[:end]``; returns how far it got."""
         unpack_from, size = self._frame.unpack_from, self._frame.size
         reads, writes, sender = self._reads, self._writes, self._sender
+        roomy = self._reactor.buffers.affords(RECEIVE_SIZE)
         at = requests = 0
         while end - at >= size and requests < TURN_REQUESTS:
             if not self._draining:
                 before = at
                 at = reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
                 requests += (at - before) // size
-                at = writes.serve(rx, at, end)
+                if roomy:
+                    at = writes.serve(rx, at, end)
                 if sender.out or end - at < size or requests >= TURN_REQUESTS:
                     break
             requests += 1
@@ -360,26 +333,26 @@ class Transmission:
             return self._receive_payload(request, rx, body, end)
         if request.command == Command.READ:
             if not self._reads.read(request):
-                self._start(request, self._slow.read(request))
+                self._slow.start(request, self._slow.read(request))
         elif request.command == Command.WRITE:
             self._sender.emit(self._encoder.done(request.cookie, request.offset))
         else:
-            self._start(request, self._slow.perform(request))
+            self._slow.start(request, self._slow.perform(request))
         return body
 
-    # --- payloads ------------------------------------------------------------------------------
+    # --- payloads ------------------------------------------------------
 
     def _receive_payload(self, request: Request, rx: memoryview, body: int, end: int) -> int:
         length, have = request.length, end - body
+        buffers = self._reactor.buffers
+        if not buffers.affords(max(length, RECEIVE_SIZE)):
+            self._wait_for_memory()
+            return -1
         if length <= have:
             self._with_payload(request, rx[body : body + length], None)
             return body + length
         if self._writes.pending and length <= RECEIVE_SIZE - self._frame.size:
             return -1  # the thread that stores the writes before it receives the rest
-        buffers = self._reactor.buffers
-        if not buffers.affords(length):
-            self._wait_for_memory()
-            return -1
         payload = Payload(request, length, buffers.borrow(length))
         assert payload.buffer is not None
         payload.buffer.data[:have] = rx[body:end]
@@ -399,39 +372,27 @@ class Transmission:
             self._reactor.again(self)
 
     def _fill_payload(self, payload: Payload) -> bool:
-        """Receive straight into the payload's buffer; True once it is complete."""
-        buffer = payload.buffer
-        while payload.have < payload.length:
-            missing = payload.length - payload.have
-            if buffer is not None:
-                view = buffer.data[payload.have : payload.length]
-            else:
-                view = self._reactor.receive.data[:missing]
-            count = self._channel.receive_into(view)
-            if count is None:
-                return False
-            if not count:
-                raise ConnectionError("the client left in the middle of a request")
-            payload.have += count
+        """Receive more of it, and act on it once it is complete."""
+        if not payload.fill(self._channel, self._reactor.waste):
+            self._stall.watch()
+            return False
         self._payload = None
         if payload.refusal is not None:
             self._refuse(payload.request, *payload.refusal)
             self._sender.push()
-        if buffer is not None:
-            self._with_payload(payload.request, buffer.view(payload.length), buffer)
+        if payload.buffer is not None:
+            data = payload.buffer.view(payload.length)
+            self._with_payload(payload.request, data, payload.buffer)
         return True
 
-    def _watch(self, payload: Payload, had: int) -> None:
-        """See that a client which stalls does not keep memory from those who wait for it."""
-        asyncio.get_running_loop().call_later(STALL_S, self._check_stall, payload, had)
+    def _progress(self) -> int | None:
+        """For ``Stall``: bytes moved, or None if this client holds no memory."""
+        if self._closed or (self._payload is None and not self._sender.out):
+            return None
+        return self._sender.out.sent + (self._payload.have if self._payload else 0)
 
-    def _check_stall(self, payload: Payload, had: int) -> None:
-        if self._payload is not payload:
-            return
-        if payload.have == had and self._reactor.buffers.contended:
-            self._lost(ConnectionError(f"payload stalled for {STALL_S:g} s"))
-            return
-        self._watch(payload, payload.have)
+    def _give_up(self, reason: str) -> None:
+        self._lost(ConnectionError(reason))
 
     def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
         """The payload is here; without ``owner`` it lies in the shared receive buffer."""
@@ -457,58 +418,29 @@ class Transmission:
             self._refuse(request, *refusal)
             return
         effect = Request(request.command, request.flags, request.cookie, request.offset, length)
-        self._start(effect, self._slow.perform(effect, chosen))
+        self._slow.start(effect, self._slow.perform(effect, chosen))
 
     def _write_slowly(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
         if owner is None:
             owner = self._reactor.buffers.borrow(request.length)
             owner.data[: request.length] = data
-        self._start(request, self._slow.write(request, owner.view(request.length)), owner)
+        data = owner.view(request.length)
+        self._slow.start(request, self._slow.write(request, data), owner)
 
     # --- files that must be read in again ------------------------------------------------------
 
     def _warm(self, part: FilePart) -> None:
         """What waited for the client to read on has left the page cache meanwhile."""
-        self._in_flight += 1
+        self._slow.in_flight += 1
         where = (part.fd, part.position, part.length)
         self._reactor.workers.submit(make_resident, *where, done=self._warmed)
 
     def _warmed(self, _result: object, _error: BaseException | None) -> None:
-        self._in_flight -= 1
+        self._slow.in_flight -= 1
         self._sender.out.warmed()
         self._deliver([])
 
-    # --- replies -----------------------------------------------------------------------------------
-
-    def _start(
-        self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
-    ) -> None:
-        """Have a task carry out ``request``; ``owner`` is released when it has."""
-        self._in_flight += 1
-        moved = request.length if request.command in _MOVING else 0
-        self._in_flight_bytes += moved
-        task = asyncio.get_running_loop().create_task(self._perform(request, work, owner, moved))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _perform(
-        self,
-        request: Request,
-        work: Coroutine[Any, Any, Answer],
-        owner: Buffer | None,
-        moved: int,
-    ) -> None:
-        try:
-            answer = await work
-        except Exception as error:
-            if not isinstance(error, DiskError | OSError):
-                log.exception("session.bug in request %s", request)
-            answer = [(self._slow.failure(request, error), None)]
-        if owner is not None:
-            self._reactor.buffers.release(owner)
-        self._in_flight -= 1
-        self._in_flight_bytes -= moved
-        self._deliver(answer)
+    # --- replies ------------------------------------------------------
 
     def _deliver(self, answer: Answer) -> None:
         """Send what became ready outside a turn."""
@@ -518,7 +450,7 @@ class Transmission:
             elif owner is not None:
                 self._reactor.buffers.release(owner)
         if self._closed:
-            if not self._in_flight and not self._writes.lent:
+            if not self._slow.in_flight and not self._writes.lent:
                 self._on_closed()
             return
         if self._writes.lent:
@@ -532,6 +464,3 @@ class Transmission:
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:
         self._sender.emit(self._encoder.error(request.cookie, request.offset, errno, text))
-
-
-_MOVING = frozenset({Command.READ, Command.WRITE})

@@ -52,11 +52,13 @@ class Streak:
 
     Attributes:
         unsent: replies the socket did not take.
+        torn: some of them have been sent: the rest comes before all else.
         left: received bytes that begin with something else than a plain write.
         end_of_stream: the client has sent its last byte.
     """
 
     unsent: bytes = b""
+    torn: bool = False
     left: bytes = b""
     end_of_stream: bool = False
 
@@ -93,6 +95,7 @@ class Writes:
         self._owners: list[Buffer] = []
         self.lent = False
         self.recalled = False
+        self._mute = False
 
     @property
     def pending(self) -> bool:
@@ -144,20 +147,22 @@ class Writes:
         if owner is not None:
             self._owners.append(owner)
 
-    def lend(self, at: int, end: int, *, alone: bool) -> None:
+    def lend(self, at: int, end: int, *, alone: bool, mute: bool) -> None:
         """Have a thread store what was collected, and go on with the connection.
 
         Args:
             at: where in the reactor's receive buffer the bytes not yet looked at begin,
             end: and where they end.
-            alone: only store and reply: the loop already has bytes that come next.
+            alone: receive nothing: the loop already has bytes that come next.
+            mute: send nothing either: something else has been sent in part.
         """
         reactor = self._reactor
         buffer = reactor.receive
         reactor.renew_receive()
         self._owners.append(buffer)
         self.lent = True
-        self.recalled = alone
+        self.recalled = alone or mute
+        self._mute = mute
         reactor.remove(self._channel.fileno())
         reactor.workers.submit(self._streak, buffer.data, at, end, done=self._done)
 
@@ -173,7 +178,7 @@ class Writes:
         self.drop()
         self._returned(streak, error)
 
-    # --- in a thread -----------------------------------------------------------------------
+    # --- in a thread ------------------------------------------------------
 
     def _streak(self, rx: memoryview, at: int, end: int) -> Streak:
         """Store, reply, receive, until something else than a plain write has come."""
@@ -183,8 +188,8 @@ class Writes:
             if at:
                 rx[: end - at] = rx[at:end]
                 end -= at
-            sent = send(replies)
-            streak = Streak(unsent=replies[sent:])
+            sent = 0 if self._mute else send(replies)
+            streak = Streak(unsent=replies[sent:], torn=sent > 0)
             if not streak.unsent and not self.recalled and perf_counter() < ends:
                 at, end = self._receive(rx, end, streak)
                 if at:

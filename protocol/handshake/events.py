@@ -65,7 +65,10 @@ class QueryContexts:
 
 @dataclass(frozen=True, slots=True)
 class StartTls:
-    """Send what is due, upgrade the connection, then call ``tls_started``."""
+    """Send what is due, upgrade the connection, then call ``tls_started``; in both roles.
+
+    If the upgrade fails, close: there is no way back to plain text.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ anything else. The data must be consumed exactly.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from construct import Construct, ConstructError, Int32ub
@@ -20,9 +20,9 @@ from construct import Construct, ConstructError, Int32ub
 from protocol import structs
 from protocol.constants import MAX_STRING, Info, Option, Reply, TransmissionFlag
 from protocol.errors import ProtocolError
+from protocol.terms import BlockSizes
 
 __all__ = [
-    "BlockSizes",
     "ExportInfo",
     "InvalidOption",
     "decode_name",
@@ -50,15 +50,6 @@ class InvalidOption(ProtocolError):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockSizes:
-    """Size constraints in bytes; the defaults are those of an unconstrained export."""
-
-    minimum: int = 1
-    preferred: int = 4096
-    maximum: int = 32 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
 class ExportInfo:
     """All that INFO, GO and EXPORT_NAME tell of an export.
 
@@ -75,7 +66,7 @@ class ExportInfo:
     size: int
     flags: TransmissionFlag
     description: str = ""
-    block_sizes: BlockSizes = BlockSizes()
+    block_sizes: BlockSizes = field(default_factory=BlockSizes)
 
 
 def decode_name(data: bytes, what: str = "export name") -> str:
@@ -129,8 +120,9 @@ def truncate_text(text: str, room: int = MAX_STRING) -> bytes:
     """A human text as UTF-8 of at most ``room`` bytes, cut between characters.
 
     A maximum-length export name quoted in an error text must not overflow (CVE-2020-10761).
+    What UTF-8 cannot carry, such as the odd bytes of a file name, becomes a question mark.
     """
-    return text.encode()[:room].decode(errors="ignore").encode()
+    return text.encode(errors="replace")[:room].decode(errors="ignore").encode()
 
 
 def server_reply(name: str, description: str) -> bytes:

@@ -3,6 +3,7 @@
 ::
 
     GREETED --flags--> NEWSTYLE    client without FIXED_NEWSTYLE: EXPORT_NAME or nothing
+            --flags--> CLOSED      the same where TLS is required: it could never begin TLS
             --flags--> FORCED      TLS required and not begun: STARTTLS, ABORT or TLS_REQD
             --flags--> OPEN        options are served in plain text
     OPEN, FORCED --STARTTLS--> UPGRADING --tls_started()--> SECURED
@@ -126,6 +127,8 @@ class ServerHandshake:
                 if taken is None or isinstance(taken, Close):
                     return taken
                 event = self._dispatch(*taken)
+            elif self.state is State.UPGRADING and self._buffer:
+                return self._close("plain text pipelined behind STARTTLS")
             else:
                 return None
             if event is not None:
@@ -134,10 +137,13 @@ class ServerHandshake:
     def _client_flags(self) -> Event | None:
         flags = structs.ClientFlags.parse(bytes(self._buffer[:4])).flags
         del self._buffer[:4]
-        if flags & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+        # int: the inverse of an IntFlag has only bits with a name, and would let all others pass
+        if flags & ~int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
             return self._close(f"unknown client flags {flags:#x}")
         self._client = ClientFlag(flags)
         if ClientFlag.FIXED_NEWSTYLE not in self._client:
+            if self._tls is TlsMode.REQUIRED:
+                return self._close("TLS is required, and needs fixed newstyle negotiation")
             self.state = State.NEWSTYLE
         elif self._tls is TlsMode.REQUIRED:
             self.state = State.FORCED
@@ -226,8 +232,9 @@ class ServerHandshake:
 
     def tls_started(self) -> None:
         """The connection is encrypted from here on; begin the options anew."""
-        if self.state is not State.UPGRADING:
-            raise LocalProtocolError(f"tls_started() in state {self.state.name}")
+        if self.state is not State.UPGRADING or self._buffer:
+            held = len(self._buffer)
+            raise LocalProtocolError(f"tls_started() in state {self.state.name}, {held} bytes held")
         self._secure = True
         self.state = State.SECURED
 

@@ -16,6 +16,7 @@ from enum import Enum
 
 from protocol.constants import MAX_OPTION_LENGTH, MAX_STRING, Info, Option
 from protocol.errors import LocalProtocolError
+from protocol.handshake.events import StartTls
 from protocol.terms import Negotiated
 
 __all__ = [
@@ -87,14 +88,6 @@ class Wants:
         length = 8 + len(self.export.encode()) + sum(4 + len(q.encode()) for q in self.queries)
         if max(length, 6 + MAX_STRING + 2 * len(self.infos)) > MAX_OPTION_LENGTH:
             raise LocalProtocolError(f"more queries than fit in {MAX_OPTION_LENGTH} bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class StartTls:
-    """Send what is due, upgrade the connection, then call ``tls_started``.
-
-    If the upgrade fails, close: there is no way back to plain text.
-    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""One module per program (or kind of transport), each registering its checks."""
