@@ -73,6 +73,7 @@ class Outgoing:
     """The queue of one client. Belongs to the loop.
 
     Attributes:
+        parts: the queue itself; others only ask whether it is empty.
         sent: bytes that have left from here, to tell a slow reader from one that has stopped.
     """
 
@@ -85,22 +86,19 @@ class Outgoing:
         self._warm = warm
         self._warming = False
         self.sent = 0
-        self._parts: deque[Part] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._parts)
+        self.parts: deque[Part] = deque()
 
     def add(self, data: memoryview | bytes, owner: Buffer | None = None) -> None:
         """Queue ``data``; ``owner`` is released once it has been sent."""
-        self._parts.append((data, owner))
+        self.parts.append((data, owner))
 
     def add_first(self, data: bytes) -> None:
         """Queue the rest of something that has been sent in part already."""
-        self._parts.appendleft((data, None))
+        self.parts.appendleft((data, None))
 
     def add_file(self, part: FilePart) -> None:
         """Queue a range of a file."""
-        self._parts.append(part)
+        self.parts.append(part)
 
     def flush(self) -> bool:
         """Send what the socket takes; True when nothing is left.
@@ -108,7 +106,7 @@ class Outgoing:
         Raises:
             ConnectionError: the peer is gone, or must be left.
         """
-        parts = self._parts
+        parts = self.parts
         while parts and not self._warming:
             part = parts[0]
             sent = self._send_file(part) if isinstance(part, FilePart) else self._send(*part)
@@ -119,18 +117,18 @@ class Outgoing:
     def warmed(self) -> None:
         """The range given to ``warm`` is in memory, or cannot be read at all."""
         self._warming = False
-        if self._parts and isinstance(part := self._parts[0], FilePart):
+        if self.parts and isinstance(part := self.parts[0], FilePart):
             part.checked = monotonic()
 
     @property
     def blocked(self) -> bool:
         """Is it the client's turn to read? (Otherwise nothing is left, or a file is warming.)"""
-        return bool(self._parts) and not self._warming
+        return bool(self.parts) and not self._warming
 
     def drop(self) -> None:
         """Forget everything, releasing the buffers."""
-        while self._parts:
-            part = self._parts.popleft()
+        while self.parts:
+            part = self.parts.popleft()
             if not isinstance(part, FilePart) and part[1] is not None:
                 self._buffers.release(part[1])
 
@@ -139,9 +137,9 @@ class Outgoing:
         self.sent += count
         if count < len(data):
             if count:
-                self._parts[0] = (memoryview(data)[count:], owner)
+                self.parts[0] = (memoryview(data)[count:], owner)
             return False
-        self._parts.popleft()
+        self.parts.popleft()
         if owner is not None:
             self._buffers.release(owner)
         return True
@@ -165,18 +163,18 @@ class Outgoing:
             part.position += count
             part.length -= count
             self.sent += count
-        self._parts.popleft()
+        self.parts.popleft()
         if tail := part.tail():
-            self._parts.appendleft((tail, None))
+            self.parts.appendleft((tail, None))
         return True
 
     def _break_promise(self, part: FilePart) -> None:
         """The file is shorter than it was a moment ago: pad what was announced, then say so."""
         apology = part.apology()
-        self._parts.popleft()
-        self._parts.appendleft((apology, None))
+        self.parts.popleft()
+        self.parts.appendleft((apology, None))
         for _ in range(part.length // len(ZEROES)):
-            self._parts.appendleft((ZEROES, None))
+            self.parts.appendleft((ZEROES, None))
         rest = part.length % len(ZEROES)
         if rest:
-            self._parts.appendleft((ZEROES[:rest], None))
+            self.parts.appendleft((ZEROES[:rest], None))

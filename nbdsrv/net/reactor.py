@@ -35,10 +35,10 @@ WASTE_SIZE = 1 << 16
 
 TURN = 0.001
 """Seconds the reactor keeps the loop while there is work; then everyone else gets a turn."""
-SPIN = float(__import__("os").environ.get("SP", "50")) * 1e-6
+SPIN = 0.00005
 """Seconds to look for the next request after a batch."""
 MAX_CREDIT = 64
-MISS_COST = int(__import__("os").environ.get("MC", "4"))
+MISS_COST = 4
 """Looking must succeed at least once in five times, or it stops until traffic is lively again."""
 
 
@@ -87,9 +87,7 @@ class Reactor:
     def again(self, handler: Handler) -> None:
         """Call ``handler.resume()`` once the other clients have had their turn."""
         self._again.append(handler)
-        if not self._again_soon:
-            self._again_soon = True
-            self._loop.call_soon(self._wake)
+        self._wake_soon()
 
     def renew_receive(self) -> None:
         """Somebody keeps the receive buffer (and releases it one day): take another."""
@@ -106,25 +104,27 @@ class Reactor:
         self._again_soon = False
         if self._epoll.closed:
             return
-        poll = self._epoll.poll
+        poll, again = self._epoll.poll, self._again
         events = poll(0)
-        now = perf_counter()
-        turn_ends = now + TURN
+        turn_ends = perf_counter() + TURN
         while True:
             if events:
                 self._serve(events)
-            if self._again:
-                for _ in range(len(self._again)):
-                    self._again.popleft().resume()
+            for _ in range(len(again)):
+                again.popleft().resume()
             now = perf_counter()
-            if now > turn_ends or self._epoll.closed:
-                break
-            if self._again:
+            if self._epoll.closed:
+                return
+            if now > turn_ends:
+                # Not back to sleep: whoever has just been served is likely to ask again.
+                self._wake_soon()
+                return
+            if again:
                 events = poll(0)
                 continue
             if self._credit <= 0 or self.workers.outstanding:
                 self._credit += 1
-                break
+                return
             spin_ends = now + SPIN
             while not (events := poll(0)):
                 if perf_counter() > spin_ends:
@@ -132,7 +132,9 @@ class Reactor:
                     return
             if self._credit < MAX_CREDIT:
                 self._credit += 1
-        if self._again and not self._again_soon:
+
+    def _wake_soon(self) -> None:
+        if not self._again_soon:
             self._again_soon = True
             self._loop.call_soon(self._wake)
 

@@ -44,6 +44,7 @@ SEND_AT = 160 << 10
 
 NO_WINDOW = (0, 0, -1, 0, NEVER)
 _SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
+_preadv, _pack_chunk, _pack_simple = os.preadv, STRUCTURED_DATA.pack_into, SIMPLE_WORDS.pack_into
 
 
 class Reads:
@@ -63,18 +64,21 @@ class Reads:
         self._encoder = encoder
         self._dialect = int(dialect)
         extended = dialect is Dialect.EXTENDED
-        self._frame = EXTENDED_REQUEST if extended else REQUEST
-        self._key = EXTENDED_READ_KEY if extended else READ_KEY
-        self._head = {
+        frame = EXTENDED_REQUEST if extended else REQUEST
+        head = {
             Dialect.SIMPLE: SIMPLE_WORDS,
             Dialect.STRUCTURED: STRUCTURED_DATA,
             Dialect.EXTENDED: EXTENDED_DATA,
         }[dialect].size
         # TLS has no sendfile; there all that fits behind unsent replies is copied.
-        self._large = ARENA_SIZE - SEND_AT - self._head if secure else LARGE
+        large = ARENA_SIZE - SEND_AT - head if secure else LARGE
+        key = EXTENDED_READ_KEY if extended else READ_KEY
+        # What the loop of ``serve`` needs, unpacked in one go.
+        self._constants = (frame.unpack_from, frame.size, key, int(dialect), head, large)
         self._secure = secure
         self._window = NO_WINDOW
         self._residency = Residency(NEVER)
+        self._cold = -1
         self._epoch = disk.epoch
 
     def serve(self, rx: memoryview, at: int, end: int) -> int:
@@ -89,23 +93,20 @@ class Reads:
             self._epoch = self._disk.epoch
             self._window = NO_WINDOW
         start, stop, fd, shift, inline = self._window
-        sender, arena = self._sender, self._sender.arena
-        unpack_from, size, read_key = self._frame.unpack_from, self._frame.size, self._key
-        dialect, head, large = self._dialect, self._head, self._large
-        pack_chunk, pack_simple = STRUCTURED_DATA.pack_into, SIMPLE_WORDS.pack_into
-        preadv = os.preadv
-        used = sender.used
+        unpack_from, size, read_key, dialect, head, large = self._constants
+        sender = self._sender
+        arena, used = sender.arena, sender.used
         last = end - size
         while at <= last:
             key, cookie, offset, length = unpack_from(rx, at)
-            if key != read_key or offset < start or offset + length > stop:
+            if key != read_key or offset < start or offset + length > stop or inline < 0:
                 break
             if length >= large:
                 sender.used = used
                 if not self._send_file(cookie, offset, length):
                     return at
                 at += size
-                if sender.out:
+                if sender.out.parts:
                     return at
                 used = sender.used
                 continue
@@ -114,14 +115,17 @@ class Reads:
             data = used + head
             after = data + length
             try:
-                if preadv(fd, (arena[data:after],), offset + shift, inline) != length:
+                if _preadv(fd, (arena[data:after],), offset + shift, inline) != length:
                     break
+            except BlockingIOError:
+                self._cold = offset
+                break
             except OSError:
                 break
             if dialect == _STRUCTURED:
-                pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
+                _pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
             elif dialect == _SIMPLE:
-                pack_simple(arena, used, SIMPLE_OK, cookie)
+                _pack_simple(arena, used, SIMPLE_OK, cookie)
             else:
                 EXTENDED_DATA.pack_into(
                     arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
@@ -138,10 +142,11 @@ class Reads:
 
     def read(self, request: Request) -> bool:
         """Answer any READ if that needs no waiting; False if it does."""
-        cookie, at, length = request.cookie, request.offset, request.length
+        at, length = request.offset, request.length
         if not length:
-            self._sender.emit(self._encoder.done(cookie, at))
+            self._sender.emit(self._encoder.done(request.cookie, at))
             return True
+        cold, self._cold = self._cold, -1
         start, stop, *_ = self._window
         if at < start or at + length > stop:
             runs = self._disk.locate(at, length)
@@ -152,12 +157,20 @@ class Reads:
                 return self._hole(request)
             self._residency = first.residency
             inline = first.residency.inline
-            if inline == NEVER:
-                return False
             self._window = (at, at + first.length, first.fd, first.position - at, inline)
+        if cold == at or self._residency.inline == NEVER:
+            self._residency.cold()
+            return False
         if length >= LARGE and not self._secure:
-            return self._send_file(cookie, at, length)
+            return self._send_file(request.cookie, at, length)
         return self._copy(request)
+
+    def in_file(self, request: Request) -> tuple[int, int] | None:
+        """File and position of a READ that lies within the window, for a thread to read."""
+        start, stop, fd, shift, _ = self._window
+        if start <= request.offset and request.offset + request.length <= stop:
+            return fd, request.offset + shift
+        return None
 
     def _hole(self, request: Request) -> bool:
         encoder = self._encoder

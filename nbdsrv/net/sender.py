@@ -51,7 +51,7 @@ class Sender:
         """See to ``length`` free bytes in the arena; False if the socket is full."""
         if self.used + length > ARENA_SIZE:
             self.push()
-        return not self.out
+        return not self.out.parts
 
     def push(self, *, more: bool = False) -> bool:
         """Send the arena; False if the client must read first. ``more`` follows at once.
@@ -61,11 +61,11 @@ class Sender:
         """
         used, self.used = self.used, 0
         if not used:
-            return not self.out
+            return not self.out.parts
         reactor = self._reactor
         view = reactor.arena.data[:used]
         sent = 0
-        if not self.out:
+        if not self.out.parts:
             sent = self._channel.send(view, more=more)
             if sent == used:
                 return True

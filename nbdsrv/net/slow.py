@@ -9,7 +9,9 @@ wire's.
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from nbdsrv.disk.disk import Disk, read_runs
@@ -62,12 +64,49 @@ class SlowRequests:
         self._deliver = deliver
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
+        self._fetching = 0
         self.in_flight = 0
         self._reading = asyncio.Semaphore(MAX_READING)
 
     def full(self) -> bool:
         """Is so much being worked on that no more should be received?"""
         return self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_IN_FLIGHT_BYTES
+
+    def fetch(self, request: Request, fd: int, position: int) -> None:
+        """READ a cold range that lies in a file as it is: a thread, but no task."""
+        length = request.length
+        header = self._encoder.data_header(
+            request.cookie, request.offset, request.offset, length, done=True
+        )
+        total = len(header) + length
+        if self._fetching >= MAX_READING or not self._buffers.affords(total):
+            self.start(request, self.read(request))
+            return
+        self._fetching += 1
+        self.in_flight += 1
+        self._bytes += length
+        buffer = self._buffers.borrow(total)
+        buffer.data[: len(header)] = header
+        view = buffer.data[len(header) : total]
+        done = partial(self._fetched, request, buffer, total)
+        self._workers.submit(os.preadv, fd, (view,), position, done=done)
+
+    def _fetched(
+        self,
+        request: Request,
+        buffer: Buffer,
+        total: int,
+        count: int | None,
+        error: BaseException | None,
+    ) -> None:
+        self._fetching -= 1
+        self.in_flight -= 1
+        self._bytes -= request.length
+        if error is None and count == request.length:
+            self._deliver([(buffer.view(total), buffer)])
+            return
+        self._buffers.release(buffer)
+        self.start(request, self.read(request))  # which knows how to tell what is wrong
 
     def start(
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None

@@ -55,6 +55,8 @@ __all__ = ["Transmission"]
 
 log = logging.getLogger(__name__)
 
+MAX_FETCH = 1 << 20
+"""Bytes one thread reads in one go for a cold READ."""
 TURN_REQUESTS = 256
 """Requests served before the other clients have their turn (about a millisecond)."""
 DRAIN_TURNS = 64
@@ -160,14 +162,16 @@ class Transmission:
 
     def on_events(self, events: int) -> None:
         """The socket is ready."""
-        if events & (select.EPOLLERR | select.EPOLLHUP) and not events & _READ:
-            self.abort()
-            return
         try:
-            if events & _WRITE:
-                self._sender.out.flush()
-            if events & _READ and self._may_read():
+            # An event may be older than the mask: something delivered since may have filled the
+            # socket or lent it.
+            if events & _READ and self._mask & _READ:
                 self._turn()
+            elif events & (select.EPOLLERR | select.EPOLLHUP):
+                self.abort()
+                return
+            elif events & _WRITE:
+                self._sender.out.flush()
         except Exception as error:  # noqa: BLE001 - the reactor serves others
             self._lost(error)
         else:
@@ -194,7 +198,7 @@ class Transmission:
 
     def _may_read(self) -> bool:
         return not (
-            self._sender.out
+            self._sender.out.parts
             or self._ending
             or self._closed
             or self._waiting_for_memory
@@ -205,12 +209,13 @@ class Transmission:
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
         if self._closed or self._writes.lent:
+            self._mask = 0
             return
-        if self._ending and not self._slow.in_flight and not self._sender.out:
+        if self._ending and not self._slow.in_flight and not self._sender.out.parts:
             self.abort()
             return
         may_read = self._may_read()
-        if self._sender.out:
+        if self._sender.out.parts:
             self._stall.watch()
         mask = (_READ if may_read else 0) | (_WRITE if self._sender.out.blocked else 0)
         if mask != self._mask:
@@ -227,7 +232,7 @@ class Transmission:
         if self._payload is not None and not self._fill_payload(self._payload):
             return
         if self._writes.pending:
-            self._writes.lend(0, 0, alone=bool(self._left), mute=bool(self._sender.out))
+            self._writes.lend(0, 0, alone=bool(self._left), mute=bool(self._sender.out.parts))
             return
         rx = self._reactor.receive.data
         end = len(self._left)
@@ -250,7 +255,7 @@ class Transmission:
                 return
         self._keep(rx, at, end)
         if self._writes.pending:
-            self._writes.lend(0, 0, alone=True, mute=bool(self._sender.out))
+            self._writes.lend(0, 0, alone=True, mute=bool(self._sender.out.parts))
 
     def _keep(self, rx: memoryview, at: int, end: int) -> None:
         """What could not be served yet waits until the next turn."""
@@ -265,7 +270,8 @@ class Transmission:
         if self._closed:
             self._close()
             return
-        self._reactor.add(self._channel.fileno(), self, self._mask)
+        self._mask = _READ
+        self._reactor.add(self._channel.fileno(), self, _READ)
         if streak is None:
             self._lost(error)
             return
@@ -283,27 +289,27 @@ class Transmission:
 
     def _consume(self, rx: memoryview, end: int) -> int:
         """Serve the requests in ``rx[:end]``; returns how far it got."""
-        unpack_from, size = self._frame.unpack_from, self._frame.size
-        reads, writes, sender = self._reads, self._writes, self._sender
-        roomy = self._reactor.buffers.affords(RECEIVE_SIZE)
+        size, sender = self._frame.size, self._sender
         at = requests = 0
-        while end - at >= size and requests < TURN_REQUESTS:
+        while end - at >= size:
             if not self._draining:
                 before = at
-                at = reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
+                at = self._reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
                 requests += (at - before) // size
-                if roomy:
-                    at = writes.serve(rx, at, end)
-                if sender.out or end - at < size or requests >= TURN_REQUESTS:
+                if end - at < size or sender.out.parts or requests >= TURN_REQUESTS:
                     break
+                if self._reactor.buffers.affords(RECEIVE_SIZE):
+                    at = self._writes.serve(rx, at, end)
+                    if end - at < size:
+                        break
             requests += 1
-            key, cookie, offset, length = unpack_from(rx, at)
+            key, cookie, offset, length = self._frame.unpack_from(rx, at)
             request = Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length)
             after = self._general(rx, at, end, request, key >> 32)
             if after < 0:
                 break
             at = after
-            if not self._may_read():
+            if requests >= TURN_REQUESTS or not self._may_read():
                 break
         sender.push()
         return at
@@ -332,13 +338,21 @@ class Transmission:
         if length:
             return self._receive_payload(request, rx, body, end)
         if request.command == Command.READ:
-            if not self._reads.read(request):
-                self._slow.start(request, self._slow.read(request))
+            self._read(request)
         elif request.command == Command.WRITE:
             self._sender.emit(self._encoder.done(request.cookie, request.offset))
         else:
             self._slow.start(request, self._slow.perform(request))
         return body
+
+    def _read(self, request: Request) -> None:
+        if self._reads.read(request):
+            return
+        where = self._reads.in_file(request)
+        if where is not None and request.length <= MAX_FETCH:
+            self._slow.fetch(request, *where)
+        else:
+            self._slow.start(request, self._slow.read(request))
 
     # --- payloads ------------------------------------------------------
 
@@ -387,7 +401,7 @@ class Transmission:
 
     def _progress(self) -> int | None:
         """For ``Stall``: bytes moved, or None if this client holds no memory."""
-        if self._closed or (self._payload is None and not self._sender.out):
+        if self._closed or (self._payload is None and not self._sender.out.parts):
             return None
         return self._sender.out.sent + (self._payload.have if self._payload else 0)
 
