@@ -77,8 +77,10 @@ class Catalogue:
         """Raises ConfigError for a name that is taken or that the protocol cannot carry."""
         if export.name in self._exports:
             raise ConfigError(f"two exports are named {export.name!r}; use --export NAME=SOURCE")
-        if len(export.name.encode()) > MAX_STRING or "\0" in export.name:
+        if len(export.name.encode(errors="replace")) > MAX_STRING or "\0" in export.name:
             raise ConfigError(f"export name {export.name[:40]!r}... is longer than {MAX_STRING}")
+        if not export.name.isascii() and _undecodable(export.name):
+            raise ConfigError(f"export name {export.name!r} is not UTF-8; use --export NAME=SOURCE")
         self._exports[export.name] = export
 
     def __iter__(self) -> Iterator[Export]:
@@ -98,6 +100,11 @@ class Catalogue:
         for export in self:
             if secure or not export.tls_only:
                 yield export.name, export.description
+
+
+def _undecodable(name: str) -> bool:
+    """Does it hold bytes of a file name that were not UTF-8 (surrogates)?"""
+    return name.encode(errors="ignore").decode() != name
 
 
 def export_info(export: Export, disk: Disk) -> ExportInfo:

@@ -99,7 +99,10 @@ class Greeting:
                 if isinstance(event, Close):
                     await self._send()
                     raise Rejected(event.reason, fault=event.fault)
-                event = await self._answer(event) or machine.next_event()
+                event = await self._answer(event)
+                # Sent before the next: pipelined LISTs must not pile up their answers.
+                await self._send()
+                event = event or machine.next_event()
             await self._send()
             count = await self._receive(scratch)
             if not count:

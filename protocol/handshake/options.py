@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from construct import Construct, ConstructError, Int32ub
+from construct import Construct, ConstructError, Int16ub, Int32ub
 
 from protocol import structs
 from protocol.constants import MAX_STRING, Info, Option, Reply, TransmissionFlag
@@ -39,6 +39,10 @@ __all__ = [
 MAX_QUERIES = 64
 """Meta context queries in one option. Each would be parsed on the event loop; no client has
 a use for more contexts than that, and ERR_TOO_BIG is the specified answer."""
+
+
+MAX_INFOS = 256
+"""Information requests in one option, for the same reason; four are known."""
 
 
 class InvalidOption(ProtocolError):
@@ -83,6 +87,10 @@ def decode_name(data: bytes, what: str = "export name") -> str:
 
 def parse_info(data: bytes) -> tuple[str, tuple[int, ...]]:
     """Name and wanted information types of INFO or GO."""
+    name = _parse(structs.String32, data)
+    count = _parse(Int16ub, data[4 + name.length :])
+    if count > MAX_INFOS:
+        raise InvalidOption(f"{count} information requests, at most {MAX_INFOS}")
     parsed = _parse(structs.InfoRequest, data)
     if parsed.rest:
         raise InvalidOption(f"{len(parsed.rest)} bytes behind the information list")
