@@ -131,6 +131,8 @@ def serve(verbose: int, **options: object) -> None:
 
 
 async def _serve(settings: Settings) -> None:
+    if not (settings.handshake_timeout > 0 and settings.drain_timeout >= 0):  # nan is neither
+        raise ConfigError("--handshake-timeout and --drain-timeout are numbers of seconds")
     _raise_descriptor_limit(settings.max_connections)
     workers = Workers()
     catalogue = Catalogue()
@@ -152,12 +154,13 @@ async def _serve(settings: Settings) -> None:
         settings.memory << 20,
     )
     stop = _stop_on_signals()
+    stream = None
     if STDIO in settings.listen:
         if len(settings.listen) > 1:
             raise ConfigError("--listen stdio serves one client and goes with no other --listen")
-        sock = standard_stream()
+        stream = standard_stream()
         server = Server(catalogue, workers, limits=limits, tls=mode, context=context)
-        server.serve(sock)
+        server.serve(stream.sock)
         await _first(stop, server)
     else:
         listeners = _listeners(settings)
@@ -168,6 +171,8 @@ async def _serve(settings: Settings) -> None:
     notify("STOPPING=1")
     await server.stop()
     workers.close()
+    if stream is not None:
+        stream.finish(settings.drain_timeout)
 
 
 def _named_sources(settings: Settings) -> list[tuple[str, Source]]:
@@ -229,6 +234,8 @@ def _listeners(settings: Settings) -> list[Listener]:
         return activated
     try:
         mode = int(settings.socket_mode, 8)
+        if not 0 <= mode <= 0o777:
+            raise ValueError
     except ValueError:
         raise ConfigError(f"--socket-mode {settings.socket_mode}: expected octal digits") from None
     opened: list[Listener] = []

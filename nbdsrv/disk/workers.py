@@ -81,6 +81,10 @@ class Workers:
         def done(result: T, error: BaseException | None) -> None:
             if error is None:
                 future.set_result(result)
+            elif isinstance(error, StopIteration):  # no Future takes one
+                lost = RuntimeError(f"{work!r} raised StopIteration")
+                lost.__cause__ = error
+                future.set_exception(lost)
             else:
                 future.set_exception(error)
 

@@ -69,7 +69,8 @@ def parse_source(text: str) -> Source:
     """
     rest, partition = text, None
     if match := _PARTITION.fullmatch(text):
-        rest, partition = match[1], int(match[2])
+        rest = match[1]
+        partition = int(match[2]) if len(match[2]) < 9 else 0  # int() has a limit of its own
         if not 1 <= partition <= 128:
             raise ConfigError(f"{text}: partitions are numbered from 1 to 128")
     if not rest:

@@ -96,12 +96,14 @@ class RawDisk(Disk):
 
     async def load(self, offset: int, length: int) -> None:
         """Ask the file system about this range, and a little beyond."""
+        self._check(offset, length)
         found = await self._workers.look_up(self._look_up, offset, length, LOOK_AHEAD)
         for start, span, flags in found.ranges():
             self._map.learn(start, start + span, data=flags == DATA)
 
     async def extents(self, offset: int, length: int) -> ExtentList:
         """What the file system says at this moment."""
+        self._check(offset, length)
         found = await self._workers.look_up(self._look_up, offset, length, 0)
         clipped = []
         for start, span, flags in found.ranges():
@@ -132,16 +134,19 @@ class RawDisk(Disk):
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Into the page cache; durable after ``flush``."""
+        self._check_change(offset, len(data))
         await self._change(self._write, offset, data)
 
     async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
         """By fallocate; by writing zeroes only where the file system leaves no choice."""
+        self._check_change(offset, length)
         self._forget(offset, length)
         await self._change(self._zero, offset, length, punch, fast)
         self._forget(offset, length)
 
     async def trim(self, offset: int, length: int) -> None:
         """Punch a hole or discard; a file system that cannot is not an error."""
+        self._check_change(offset, length)
         self._forget(offset, length)
         await self._change(self._trim, offset, length)
         self._forget(offset, length)
@@ -150,14 +155,18 @@ class RawDisk(Disk):
         """fdatasync; once it has failed it fails for good, since what was lost stays lost."""
         if Ability.WRITE not in self.abilities:
             return
-        if self._flush_failed:
-            text = f"{self.name}: an earlier flush failed and data was lost; open the image anew"
-            raise DiskError(text)
+        self._check_flushed()
         try:
             await self._workers.run(os.fdatasync, self._fd)
         except OSError as error:
             self._flush_failed = True
             raise DiskError.from_os(f"flushing {self.name}", error) from error
+        self._check_flushed()  # the kernel tells of a lost write once: to a flush beside this one
+
+    def _check_flushed(self) -> None:
+        if self._flush_failed:
+            text = f"{self.name}: an earlier flush failed and data was lost; open the image anew"
+            raise DiskError(text)
 
     async def cache(self, offset: int, length: int) -> None:
         """Read ahead into the page cache, without waiting for it."""
@@ -169,6 +178,16 @@ class RawDisk(Disk):
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             await self._workers.look_up(os.close, fd)
+
+    def _check(self, offset: int, length: int, errno: int = os_errno.EINVAL) -> None:
+        if offset < 0 or offset + length > self.size:
+            text = f"{self.name}: {length} bytes at {offset} reach beyond its end at {self.size}"
+            raise DiskError(text, errno)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        if Ability.WRITE not in self.abilities:
+            raise self._read_only()
+        self._check(offset, length, os_errno.ENOSPC)
 
     async def _change(self, work: Callable[[*Ts], object], *args: *Ts) -> None:
         try:

@@ -11,6 +11,7 @@
 import contextlib
 import errno as os_errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ class Listener:
 
     sock: socket.socket
     path: str | None = None
+    identity: tuple[int, int] | None = None
     name: str | None = None
 
     def close(self) -> None:
@@ -44,7 +46,8 @@ class Listener:
         self.sock.close()
         if self.path is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                if _identity(self.path) == self.identity:
+                    os.unlink(self.path)
 
     @property
     def address(self) -> tuple[str, int] | str:
@@ -72,7 +75,7 @@ def _split(where: str) -> tuple[str | None, int]:
     host, colon, port = where.rpartition(":")
     if not colon or "]" in port:
         host, port = where, str(NBD_PORT)
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"--listen {where}: expected HOST:PORT, unix:PATH or stdio")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -87,6 +90,8 @@ def _listen_tcp(where: str, host: str | None, port: int) -> Iterator[Listener]:
         found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"--listen {where}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise ConfigError(f"--listen {where}: no host can have this name") from error
     addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
     opened: list[Listener] = []
     for family, address in addresses:
@@ -126,13 +131,18 @@ def _listen_unix(path: str, mode: int) -> Listener:
         raise ListenError(f"cannot listen on unix:{path}: {_why_not(path, error)}") from error
     finally:
         os.umask(previous)
-    return Listener(sock, path)
+    return Listener(sock, path, _identity(path))
+
+
+def _identity(path: str) -> tuple[int, int]:
+    info = os.lstat(path)
+    return info.st_dev, info.st_ino
 
 
 def _why_not(path: str, error: OSError) -> str:
     if error.errno != os_errno.EADDRINUSE:
         return str(error) if error.errno is None else os.strerror(error.errno)
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "the file exists and is not a socket"
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -156,7 +166,7 @@ def activated_sockets(environ: Mapping[str, str]) -> list[Listener]:
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = environ.get("LISTEN_FDS", "")
-    if not count.isdigit():
+    if not re.fullmatch("[0-9]{1,4}", count):
         return []
     return [_adopt(fd) for fd in range(FIRST_ACTIVATED_FD, FIRST_ACTIVATED_FD + int(count))]
 

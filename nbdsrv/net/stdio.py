@@ -9,16 +9,30 @@
 import os
 import socket
 import threading
+from dataclasses import dataclass
 
 from nbdsrv.errors import ConfigError
 
-__all__ = ["standard_stream"]
+__all__ = ["StandardStream", "standard_stream"]
 
 PIECE = 1 << 18
 """Bytes pumped at a time."""
 
 
-def standard_stream() -> socket.socket:
+@dataclass(frozen=True, slots=True)
+class StandardStream:
+    """The client on standard input and output."""
+
+    sock: socket.socket
+    pump: threading.Thread | None = None
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait until all replies have left through the pump; blocking."""
+        if self.pump is not None:
+            self.pump.join(timeout_s)
+
+
+def standard_stream() -> StandardStream:
     """The client as one stream socket. Standard input and output are no longer ours to use.
 
     Raises:
@@ -31,11 +45,12 @@ def standard_stream() -> socket.socket:
     if os.isatty(0) or os.isatty(1):
         raise ConfigError("--listen stdio speaks NBD on standard input and output, not a terminal")
     if (both.st_dev, both.st_ino) == (out.st_dev, out.st_ino):
-        return _adopt()
+        return StandardStream(_adopt())
     ours, theirs = socket.socketpair()
-    for pump in (_pump_in, _pump_out):
-        threading.Thread(target=pump, args=(theirs,), daemon=True).start()
-    return ours
+    threading.Thread(target=_pump_in, args=(theirs,), daemon=True).start()
+    pump = threading.Thread(target=_pump_out, args=(theirs,), daemon=True)
+    pump.start()
+    return StandardStream(ours, pump)
 
 
 def _adopt() -> socket.socket:

@@ -1,0 +1,331 @@
+"""Bad use: one line on standard error that says what and where, exit code 1 or 2, no traceback.
+
+Exit code 2 is for what the user wrote, 1 for what the world is like.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from authority import Certificates
+from cryptography.hazmat.primitives import serialization
+
+from tests.cli.program import hidden_from, nbdsrv, refusal
+
+FAILED, USAGE = 1, 2
+COMMANDS = ("serve", "info", "map")
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_missing_file(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "nothing.img"
+    assert refusal(FAILED, command, path) == f"nbdsrv: {path}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_directory(tmp_path: Path, command: str) -> None:
+    said = refusal(FAILED, command, tmp_path)
+    assert str(tmp_path) in said
+    assert "directory" in said
+
+
+def test_serving_a_directory_for_writing(tmp_path: Path) -> None:
+    assert "irectory" in refusal(FAILED, "serve", "--write", tmp_path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_fifo(tmp_path: Path, command: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a regular file nor a block device" in refusal(
+        FAILED, command, tmp_path / "fifo"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_permission(disk: Path, command: str) -> None:
+    disk.chmod(0)
+    said = refusal(FAILED, command, disk, prefix=hidden_from())
+    assert said == f"nbdsrv: {disk}: Permission denied\n"
+
+
+def test_no_permission_to_write(disk: Path) -> None:
+    disk.chmod(0o400)
+    said = refusal(FAILED, "serve", "--write", disk, prefix=hidden_from())
+    assert said == f"nbdsrv: {disk}: Permission denied\n"
+
+
+def test_a_format_that_is_not_served(tmp_path: Path) -> None:
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed")
+    path = tmp_path / "disk.qcow2"
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"]
+    subprocess.run(create, check=True, timeout=30)
+    for command in COMMANDS:
+        said = refusal(FAILED, command, path)
+        assert f"{path}: qcow2" in said
+        assert f"raw:{path}" in said
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "qcow2:/d",
+        "vhd:/d",
+        "vhdx:/d",
+        "vmdk:/d",
+        "vdi:/d",
+        "nbd://localhost/d",
+        "nbd+unix:///?socket=/s",
+        "repo:/r",
+        "repo+s3://bucket/p#vm/sda@latest",
+        "xo:/r",
+        "pbs:/r",
+        "restic:/r",
+        "qemu:/run/qmp.sock#drive0",
+        "libvirt:qemu:///system#vm/vda",
+        "xapi://root@host#vm/0",
+    ],
+)
+def test_kinds_of_source_that_come_later(source: str) -> None:
+    said = refusal(FAILED, "info", source)
+    assert source.partition(":")[2] in said
+    assert "not served yet" in said
+
+
+def test_partitions_come_later(disk: Path) -> None:
+    assert "~p1" in refusal(FAILED, "info", f"{disk}~p1")
+    assert "1 to 128" in refusal(USAGE, "info", f"{disk}~p0")
+
+
+@pytest.mark.parametrize("source", ["", "raw:", "repo:", "~p1"])
+def test_sources_that_are_none(source: str) -> None:
+    for command in COMMANDS:
+        refusal(USAGE, command, source)
+
+
+def test_a_name_with_line_ends_stays_on_one_line(tmp_path: Path) -> None:
+    refusal(FAILED, "info", tmp_path / "two\nlines\r\nhere")
+
+
+def test_a_missing_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    refusal(FAILED, "info", os.fsdecode(os.fsencode(tmp_path) + b"/\xff.img"))
+
+
+def test_an_export_whose_name_is_not_utf8(tmp_path: Path, disk: Path) -> None:
+    name = tmp_path / os.fsdecode(b"\xff.img")
+    disk.rename(name)
+    assert nbdsrv("info", name).returncode == 0
+    refusal(USAGE, "serve", name)
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--nonsense",),
+        ("nonsense",),
+        ("serve", "--nonsense"),
+        ("serve",),
+        ("info",),
+        ("info", "a", "b"),
+        ("map",),
+        ("serve", "d", "--listen"),
+        ("serve", "d", "--tls", "perhaps"),
+        ("serve", "d", "--max-connections", "0"),
+        ("serve", "d", "--max-connections", "many"),
+        ("serve", "d", "--handshake-timeout", "-1"),
+        ("serve", "d", "--memory", "1"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_nobody_knows(arguments: tuple[str, ...], disk: Path) -> None:
+    refusal(USAGE, *(str(disk) if word == "d" else word for word in arguments))
+
+
+def test_a_timeout_that_is_not_a_number(tmp_path: Path, disk: Path) -> None:
+    where = ("--listen", f"unix:{tmp_path}/sock")
+    refusal(USAGE, "serve", disk, *where, "--handshake-timeout", "nan")
+
+
+def test_two_exports_with_one_name(tmp_path: Path, disk: Path) -> None:
+    (tmp_path / "other").mkdir()
+    shutil.copy(disk, tmp_path / "other" / "disk.img")
+    said = refusal(USAGE, "serve", disk, tmp_path / "other" / "disk.img")
+    assert "two exports are named 'disk.img'" in said
+    refusal(USAGE, "serve", "--export", f"a={disk}", "--export", f"a={disk}")
+
+
+def test_export_without_a_name(disk: Path) -> None:
+    assert "NAME=SOURCE" in refusal(USAGE, "serve", "--export", disk)
+
+
+def test_export_with_a_name_nobody_could_ask_for(disk: Path) -> None:
+    assert "4096" in refusal(USAGE, "serve", "--export", f"{'x' * 4097}={disk}")
+
+
+def test_a_context_the_disk_does_not_have(disk: Path) -> None:
+    said = refusal(USAGE, "map", disk, "--context", "qemu:dirty-bitmap:b0")
+    assert "base:allocation" in said
+
+
+# --- where to listen ---------------------------------------------------------------------------
+
+
+def test_port_taken(disk: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = refusal(FAILED, "serve", disk, "--listen", where)
+        assert where in said
+        assert "in use" in said
+        refusal(FAILED, "serve", disk, env={"NBDSRV_LISTEN": where})
+
+
+@pytest.mark.parametrize(
+    "where", ["127.0.0.1:70000", "127.0.0.1:x", "::1:10809", "unix:", "127.0.0.1:-1"]
+)
+def test_addresses_that_make_no_sense(disk: Path, where: str) -> None:
+    refusal(USAGE, "serve", disk, "--listen", where)
+
+
+@pytest.mark.parametrize(
+    "where", ["..:0", "a" * 70 + ":0", "127.0.0.1:" + "1" * 5000], ids=["dots", "label", "port"]
+)
+def test_addresses_python_itself_chokes_on(disk: Path, where: str) -> None:
+    done = nbdsrv("serve", disk, "--listen", where)
+    assert done.returncode in {FAILED, USAGE}
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_such_host(disk: Path) -> None:
+    said = refusal(FAILED, "serve", disk, "--listen", "no-such-host.invalid:0")
+    assert "no-such-host.invalid" in said
+
+
+def test_stale_unix_socket(tmp_path: Path, disk: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "sock"))
+    said = refusal(FAILED, "serve", disk, "--listen", f"unix:{tmp_path}/sock")
+    assert "stale" in said
+    assert "remove" in said
+    assert (tmp_path / "sock").is_socket()
+
+
+def test_unix_socket_of_another_server(tmp_path: Path, disk: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "sock"))
+        sock.listen()
+        said = refusal(FAILED, "serve", disk, "--listen", f"unix:{tmp_path}/sock")
+    assert "another server" in said
+
+
+def test_unix_path_that_cannot_be(tmp_path: Path, disk: Path) -> None:
+    for path, says in (
+        (tmp_path / "nowhere" / "sock", "No such file"),
+        (tmp_path / ("x" * 120), "too long"),
+        (disk, "not a socket"),
+    ):
+        said = refusal(FAILED, "serve", disk, "--listen", f"unix:{path}")
+        assert str(path) in said
+        assert says in said
+
+
+def test_a_dangling_link_in_the_sockets_place(tmp_path: Path, disk: Path) -> None:
+    (tmp_path / "sock").symlink_to("nowhere")
+    refusal(FAILED, "serve", disk, "--listen", f"unix:{tmp_path}/sock")
+
+
+def test_the_same_address_twice(tmp_path: Path, disk: Path) -> None:
+    where = f"unix:{tmp_path}/sock"
+    refusal(FAILED, "serve", disk, "--listen", where, "--listen", where)
+    assert not (tmp_path / "sock").exists()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    where = f"127.0.0.1:{port}"
+    assert where in refusal(FAILED, "serve", disk, "--listen", where, "--listen", where)
+
+
+def test_a_socket_beside_a_port_that_is_taken_is_removed(tmp_path: Path, disk: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        both = ("--listen", f"unix:{tmp_path}/sock", "--listen", where)
+        refusal(FAILED, "serve", disk, *both)
+    assert not (tmp_path / "sock").exists()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["rw", "8", "", "0x1ff", "-1", "77777"],
+)
+def test_socket_modes_that_are_none(tmp_path: Path, disk: Path, mode: str) -> None:
+    where = f"unix:{tmp_path}/sock"
+    said = refusal(USAGE, "serve", disk, "--listen", where, f"--socket-mode={mode}")
+    assert "--socket-mode" in said
+
+
+def test_stdio_with_another_address(tmp_path: Path, disk: Path) -> None:
+    where = ("--listen", "stdio", "--listen", f"unix:{tmp_path}/sock")
+    assert "stdio" in refusal(USAGE, "serve", disk, *where)
+
+
+# --- TLS ---------------------------------------------------------------------------------------
+
+
+def test_tls_files(certificates: Certificates, tmp_path: Path, disk: Path) -> None:
+    certificate, key = certificates.server.certificate, certificates.server.key
+    encrypted = tmp_path / "encrypted.pem"
+    encrypted.write_bytes(
+        serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    (tmp_path / "garbage.pem").write_text("garbage\n")
+    nothing = tmp_path / "nothing.pem"
+    for files, says in (
+        ((certificate, certificates.client.key), "mismatch"),
+        ((certificate, tmp_path / "garbage.pem"), "garbage.pem"),
+        ((tmp_path / "garbage.pem", key), "garbage.pem"),
+        ((certificate, nothing), f"{nothing}: No such file"),
+        ((nothing, key), f"{nothing}: No such file"),
+        ((certificate, encrypted), "is encrypted"),
+        ((certificate, key, nothing), f"{nothing}: No such file"),
+        ((certificate, key, tmp_path / "garbage.pem"), "garbage.pem"),
+    ):
+        options = ("--tls-cert", "--tls-key", "--tls-ca")
+        given = [word for pair in zip(options, files, strict=False) for word in pair]
+        assert says in refusal(USAGE, "serve", disk, *given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--tls", "required"),
+        ("--tls", "per-export"),
+        ("--tls-cert", "CERT"),
+        ("--tls-key", "KEY"),
+        ("--tls-ca", "CA"),
+        ("--tls-export", "disk.img"),
+        ("--tls-cert", "CERT", "--tls-key", "KEY", "--tls-export", "disk.img"),
+        ("--tls", "per-export", "--tls-cert", "CERT", "--tls-key", "KEY", "--tls-export", "other"),
+    ],
+    ids=" ".join,
+)
+def test_tls_options_that_do_not_go_together(
+    certificates: Certificates, disk: Path, options: tuple[str, ...]
+) -> None:
+    names = {
+        "CERT": certificates.server.certificate,
+        "KEY": certificates.server.key,
+        "CA": certificates.ca,
+    }
+    said = refusal(USAGE, "serve", disk, *(names.get(word, word) for word in options))
+    assert "tls" in said.lower()

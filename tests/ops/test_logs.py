@@ -1,0 +1,39 @@
+"""Log lines: where they go, and how many."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import logging, sys
+from nbdsrv.ops.logs import set_up
+set_up(int(sys.argv[1]))
+set_up(int(sys.argv[1]))
+log = logging.getLogger("nbdsrv.net.server")
+log.debug("request.read offset=%d", 1)
+log.info("session.open export=%r", "disk")
+log.warning("accept.pause reason=%s", "full")
+logging.getLogger("asyncio").info("chatter")
+"""
+WARNING, INFO, DEBUG = (
+    "nbdsrv: accept.pause reason=full",
+    "nbdsrv: session.open export='disk'",
+    "nbdsrv: request.read offset=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "lines"),
+    [
+        (0, [WARNING]),
+        (1, [INFO, WARNING]),
+        (2, [DEBUG, INFO, WARNING]),
+        (7, [DEBUG, INFO, WARNING]),
+    ],
+)
+def test_each_v_shows_more_once_and_on_standard_error(verbosity: int, lines: list[str]) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(verbosity)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == lines
