@@ -42,12 +42,16 @@ class Workers:
     """A bounded pool of daemon threads, started as they are needed.
 
     Not thread-safe: ``submit``, ``run``, ``complete`` and ``close`` belong to the loop.
+
+    Attributes:
+        outstanding: jobs whose results have not been delivered.
     """
 
     def __init__(self, threads: int = DEFAULT_THREADS) -> None:
         self._finished: deque[Finished] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._crew = _Crew("nbdsrv-work", threads, self._finished, self._eventfd)
+        self.outstanding = 0
         self._scouts = _Crew("nbdsrv-look", LOOK_UP_THREADS, self._finished, self._eventfd)
 
     def fileno(self) -> int:
@@ -56,12 +60,8 @@ class Workers:
 
     def submit(self, work: Callable[[*Ts], object], *args: *Ts, done: Done) -> None:
         """Have a thread call ``work(*args)``, then the loop ``done(result, error)``."""
+        self.outstanding += 1
         self._crew.put((work, args, done))
-
-    @property
-    def outstanding(self) -> int:
-        """Jobs submitted whose results have not been delivered."""
-        return self._crew.outstanding + self._scouts.outstanding
 
     async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Have a thread call ``work(*args)`` and return what it returns.
@@ -88,6 +88,7 @@ class Workers:
             else:
                 future.set_exception(error)
 
+        self.outstanding += 1
         crew.put((work, args, done))
         cancelled = None
         while not future.done():
@@ -110,6 +111,7 @@ class Workers:
         while finished:
             crew, done, result, error = finished.popleft()
             crew.outstanding -= 1
+            self.outstanding -= 1
             done(result, error)
 
     def close(self) -> None:

@@ -66,6 +66,7 @@ class Reactor:
         self._handlers: dict[int, Handler] = {}
         self._again: deque[Handler] = deque()
         self._again_soon = False
+        self._closed = False
         self._credit = MAX_CREDIT
         self._epoll.register(workers.fileno(), select.EPOLLIN)
         self._loop.add_reader(self._epoll.fileno(), self._wake)
@@ -95,6 +96,7 @@ class Reactor:
 
     def close(self) -> None:
         """Serve nobody any more. Descriptors stay their owners'."""
+        self._closed = True
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
         self.buffers.release(self.receive)
@@ -102,7 +104,7 @@ class Reactor:
 
     def _wake(self) -> None:
         self._again_soon = False
-        if self._epoll.closed:
+        if self._closed:
             return
         poll, again = self._epoll.poll, self._again
         events = poll(0)
@@ -110,10 +112,11 @@ class Reactor:
         while True:
             if events:
                 self._serve(events)
-            for _ in range(len(again)):
-                again.popleft().resume()
+            if again:
+                for _ in range(len(again)):
+                    again.popleft().resume()
             now = perf_counter()
-            if self._epoll.closed:
+            if self._closed:
                 return
             if now > turn_ends:
                 # Not back to sleep: whoever has just been served is likely to ask again.

@@ -112,6 +112,9 @@ class Transmission:
         self._ending = False
         self._closed = False
         self._draining = False
+        # Nothing is half done that the next turn would have to go on with.
+        self._quick = False
+        self._turn_length = TURN_REQUESTS * self._frame.size
         self._stall = Stall(reactor.buffers, self._progress, self._give_up)
         self._mask = _READ
 
@@ -128,6 +131,7 @@ class Transmission:
     def drain(self) -> None:
         """Answer what is in flight and refuse the rest with ESHUTDOWN, then close."""
         self._draining = True
+        self._quick = False
         if self._writes.lent:
             self._writes.recalled = True
         elif not self._closed:
@@ -166,7 +170,10 @@ class Transmission:
             # An event may be older than the mask: something delivered since may have filled the
             # socket or lent it.
             if events & _READ and self._mask & _READ:
-                self._turn()
+                if not self._quick:
+                    self._turn()
+                elif self._answer_reads():
+                    return
             elif events & (select.EPOLLERR | select.EPOLLHUP):
                 self.abort()
                 return
@@ -208,6 +215,7 @@ class Transmission:
 
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
+        self._quick = not (self._left or self._payload or self._end_of_stream or self._draining)
         if self._closed or self._writes.lent:
             self._mask = 0
             return
@@ -227,6 +235,24 @@ class Transmission:
 
     # --- receiving ------------------------------------------------------
 
+    def _answer_reads(self) -> bool:
+        """The commonest turn, cut short; True if that was all.
+
+        Plain reads, all of them in memory, all replies sent: nothing about the connection's state
+        has changed then, and there is nothing to look after.
+        """
+        rx = self._reactor.receive.data
+        end = self._channel.receive_into(rx)
+        if not end:
+            self._end_of_stream = end == 0
+            self._keep(rx, 0, 0)
+            return False
+        at = self._reads.serve(rx, 0, min(end, self._turn_length))
+        if at == end:
+            return self._sender.push() and not self._channel.pending()
+        self._serve(rx, at, end)
+        return False
+
     def _turn(self) -> None:
         """Take what has arrived and serve it; bounded in requests and bytes."""
         if self._payload is not None and not self._fill_payload(self._payload):
@@ -245,7 +271,11 @@ class Transmission:
                 self._end_of_stream = True
             elif count is not None:
                 end += count
-        at = self._consume(rx, end)
+        self._serve(rx, 0, end)
+
+    def _serve(self, rx: memoryview, at: int, end: int) -> None:
+        """Serve what was received, as far as possible now."""
+        at = self._consume(rx, at, end)
         if self._payload is not None:
             self._fill_payload(self._payload)  # usually the rest is there already
         if self._writes.pending:
@@ -287,14 +317,14 @@ class Transmission:
         else:
             self._deliver([])
 
-    def _consume(self, rx: memoryview, end: int) -> int:
-        """Serve the requests in ``rx[:end]``; returns how far it got."""
+    def _consume(self, rx: memoryview, at: int, end: int) -> int:
+        """Serve the requests in ``rx[at:end]``; returns how far it got."""
         size, sender = self._frame.size, self._sender
-        at = requests = 0
+        requests = 0
         while end - at >= size:
             if not self._draining:
                 before = at
-                at = self._reads.serve(rx, at, min(end, at + TURN_REQUESTS * size))
+                at = self._reads.serve(rx, at, min(end, at + self._turn_length))
                 requests += (at - before) // size
                 if end - at < size or sender.out.parts or requests >= TURN_REQUESTS:
                     break
@@ -393,10 +423,10 @@ class Transmission:
         self._payload = None
         if payload.refusal is not None:
             self._refuse(payload.request, *payload.refusal)
-            self._sender.push()
         if payload.buffer is not None:
             data = payload.buffer.view(payload.length)
             self._with_payload(payload.request, data, payload.buffer)
+        self._sender.push()
         return True
 
     def _progress(self) -> int | None:
