@@ -27,7 +27,7 @@ from nbdsrv.net.buffers import Buffers
 __all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
 
 RECEIVE_SIZE = 1 << 19
-"""Bytes taken from one client at a time: a 256 KiB write and most of the next."""
+"""Bytes taken from one client at a time: three writes of 256 KiB and most of the next."""
 ARENA_SIZE = 1 << 20
 """Bytes of replies built before they are sent."""
 WASTE_SIZE = 1 << 16

@@ -185,47 +185,50 @@ class Writes:
         send, ends = self._channel.send, perf_counter() + STREAK_S
         while True:
             replies = self._store()
-            if at:
-                rx[: end - at] = rx[at:end]
-                end -= at
             sent = 0 if self._mute else send(replies)
             streak = Streak(unsent=replies[sent:], torn=sent > 0)
             if not streak.unsent and not self.recalled and perf_counter() < ends:
-                at, end = self._receive(rx, end, streak)
-                if at:
+                at, end = self._receive(rx, at, end, streak)
+                if self._writes:
                     continue
-            streak.left = bytes(rx[:end])
+            streak.left = bytes(rx[at:end])
             return streak
 
-    def _receive(self, rx: memoryview, end: int, streak: Streak) -> tuple[int, int]:
-        """Collect writes from the socket behind ``rx[:end]``.
+    def _receive(self, rx: memoryview, at: int, end: int, streak: Streak) -> tuple[int, int]:
+        """Collect writes that begin at ``rx[at:end]`` and go on in the socket.
 
         Returns:
-            Where the bytes not looked at begin (0: nothing was collected) and where they end.
+            Where the bytes not looked at begin and where they end.
         """
         receive_into = self._channel.receive_into
         ends = perf_counter() + SPIN_S
         while True:
-            at = self.serve(rx, 0, end)
-            if at or not self._promising(rx, end):
+            at = self.serve(rx, at, end)
+            if self._writes:
                 return at, end
+            wanted = self._wanted(rx, at, end)
+            if not wanted:
+                return at, end
+            if at + wanted > RECEIVE_SIZE or at == end:
+                rx[: end - at] = rx[at:end]
+                at, end = 0, end - at
             while (count := receive_into(rx[end:])) is None:
                 if perf_counter() > ends:
-                    return 0, end
+                    return at, end
             if not count:
                 streak.end_of_stream = True
-                return 0, end
+                return at, end
             end += count
 
-    def _promising(self, rx: memoryview, end: int) -> bool:
-        """Does ``rx[:end]`` begin a plain write that is merely not complete?"""
+    def _wanted(self, rx: memoryview, at: int, end: int) -> int:
+        """Bytes of the incomplete plain write that begins ``rx[at:end]``; 0 if it is none."""
         size = self._frame.size
-        if end < size:
-            return True
-        key, _, offset, length = self._frame.unpack_from(rx)
+        if end - at < size:
+            return size
+        key, _, offset, length = self._frame.unpack_from(rx, at)
         start, stop, _, _ = self._window
-        fits = 0 < length <= RECEIVE_SIZE - size
-        return bool(key == self._key and fits and start <= offset and offset + length <= stop)
+        plain = key == self._key and start <= offset and offset + length <= stop
+        return size + length if plain and 0 < length <= RECEIVE_SIZE - size else 0
 
     def _store(self) -> bytes:
         """Store what was collected; returns all replies."""
