@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ __all__ = ["serve"]
 
 DEFAULT_LISTEN = f"127.0.0.1:{NBD_PORT}"
 STDIO = "stdio"
+SWITCH_S = 0.0005
+"""Seconds after which a waiting thread gets the interpreter; a tenth of Python's default."""
 _DEFAULTS = Limits()
 
 
@@ -134,6 +137,8 @@ async def _serve(settings: Settings) -> None:
     if not (settings.handshake_timeout > 0 and settings.drain_timeout >= 0):  # nan is neither
         raise ConfigError("--handshake-timeout and --drain-timeout are numbers of seconds")
     _raise_descriptor_limit(settings.max_connections)
+    # A thread that stores writes must not keep the loop from the interpreter for the usual 5 ms.
+    sys.setswitchinterval(SWITCH_S)
     workers = Workers()
     catalogue = Catalogue()
     for name, source in _named_sources(settings):
@@ -173,6 +178,7 @@ async def _serve(settings: Settings) -> None:
     workers.close()
     if stream is not None:
         stream.finish(settings.drain_timeout)
+    _ignore_signals()
 
 
 def _named_sources(settings: Settings) -> list[tuple[str, Source]]:
@@ -276,6 +282,14 @@ def _stop_on_signals() -> asyncio.Event:
     # Nothing to reload; but a hang-up must not end the server of a closed terminal's session.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     return stop
+
+
+def _ignore_signals() -> None:
+    """We are on our way out: being told so once more must not change the exit code."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _first(stop: asyncio.Event, server: Server) -> None:

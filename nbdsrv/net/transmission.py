@@ -19,6 +19,7 @@ Rules:
 * After DISC (or end of stream) everything in flight is finished and sent before the close.
 """
 
+import asyncio
 import logging
 import select
 from collections.abc import Callable
@@ -59,8 +60,8 @@ MAX_FETCH = 1 << 20
 """Bytes one thread reads in one go for a cold READ."""
 TURN_REQUESTS = 256
 """Requests served before the other clients have their turn (about a millisecond)."""
-DRAIN_TURNS = 64
-"""Turns of requests a client is refused when the server stops; more have not been sent in time."""
+GRACE_S = 1.0
+"""Seconds a busy client has to leave when the server stops."""
 
 SHUTDOWN: Refusal = (Errno.ESHUTDOWN, "the server is shutting down")
 
@@ -112,6 +113,7 @@ class Transmission:
         self._ending = False
         self._closed = False
         self._draining = False
+        self._refused = False
         # Nothing is half done that the next turn would have to go on with.
         self._quick = False
         self._turn_length = TURN_REQUESTS * self._frame.size
@@ -129,17 +131,29 @@ class Transmission:
             self._reactor.again(self)
 
     def drain(self) -> None:
-        """Answer what is in flight and refuse the rest with ESHUTDOWN, then close."""
+        """Answer what is in flight, refuse the rest with ESHUTDOWN, then close.
+
+        A client that is asking right now gets ``GRACE_S`` to take its answers and leave: closing
+        with unread requests in the socket would reset the connection and lose them.
+        """
+        if self._closed:
+            return
         self._draining = True
         self._quick = False
-        if self._writes.lent:
-            self._writes.recalled = True
-        elif not self._closed:
-            for _ in range(DRAIN_TURNS):
-                self._more = False
-                self.resume()
-                if not self._more:
-                    break
+        idle = not (self._slow.in_flight or self._writes.lent or self._sender.out.parts)
+        self._writes.recalled = True
+        if not self._writes.lent:
+            self._more = False
+            self.resume()
+            idle = idle and not self._refused
+        if idle:
+            self._finish()
+        else:
+            asyncio.get_running_loop().call_later(GRACE_S, self._finish)
+
+    def _finish(self) -> None:
+        """Nothing more is received; close when what is in flight has been sent."""
+        if not self._closed:
             self._ending = True
             self._after()
 
@@ -312,10 +326,7 @@ class Transmission:
             self._left = streak.left
         self._end_of_stream = self._end_of_stream or streak.end_of_stream
         self._more = bool(self._left) or self._end_of_stream or self._channel.pending()
-        if self._draining:
-            self.drain()
-        else:
-            self._deliver([])
+        self._deliver([])
 
     def _consume(self, rx: memoryview, at: int, end: int) -> int:
         """Serve the requests in ``rx[at:end]``; returns how far it got."""
@@ -358,7 +369,9 @@ class Transmission:
             self._refuse(request, Errno.EINVAL, f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
             self._ending = True
             return end
-        refusal = self._rules.check(request) if not self._draining else SHUTDOWN
+        refusal = self._rules.check(request)
+        if self._draining:
+            refusal, self._refused = SHUTDOWN, True
         if refusal is not None:
             if length > end - body:
                 self._payload = Payload(request, length - (end - body), None, refusal)

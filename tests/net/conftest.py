@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from authority import Certificates
+from encrypted import tls_options
 from served_images import (
     DISK_SIZE,
     HUGE_FAR,
@@ -130,3 +132,33 @@ def chunked(request: pytest.FixtureRequest) -> Dialect:
     """The two with chunks."""
     found: Dialect = request.param
     return found
+
+
+@pytest.fixture
+def forced(
+    serve: Serve, images: Images, certificates: Certificates, tmp_path: Path
+) -> ServerProcess:
+    """TLS required."""
+    where = ("--listen", f"unix:{tmp_path}/sock")
+    return serve(images.disk, images.big, *where, *tls_options(certificates), uris=2)
+
+
+@pytest.fixture
+def selective(
+    serve: Serve, images: Images, certificates: Certificates, tmp_path: Path
+) -> ServerProcess:
+    """``big`` over TLS only, ``disk`` for everyone."""
+    where = ("--listen", f"unix:{tmp_path}/sock")
+    modes = ("--tls", "per-export", "--tls-export", "big")
+    return serve(images.disk, images.big, *where, *modes, *tls_options(certificates), uris=2)
+
+
+@pytest.fixture
+def encrypted_scratch(
+    serve: Serve, certificates: Certificates, tmp_path: Path
+) -> tuple[ServerProcess, Path]:
+    """A writable image over TLS."""
+    image = tmp_path / "image"
+    image.write_bytes(random.Random(1).randbytes(6 * MIB))
+    where = ("--listen", f"unix:{tmp_path}/sock")
+    return serve(image, "--write", *where, *tls_options(certificates)), image
