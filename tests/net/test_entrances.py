@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from served_images import Images, Serve
+from served_images import MIB, Images, Serve
 from serving import ServerProcess, command, environment
 from wire import Wire, info_data
 
@@ -161,6 +163,58 @@ def test_one_socket_on_standard_input_and_output(images: Images, dialect: Dialec
             assert images.golden[start : start + 70_000] == answer.data()
         assert wire.is_closed()
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("count", [10])
+def test_pipes_deliver_everything_before_the_end(images: Images, count: int) -> None:
+    """All replies arrive although the client reads late and the server is done long before."""
+    arguments = command(images.big, "--listen", "stdio")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, env=environment())
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(20)
+        wire = Wire(ours)
+        pumps = [
+            threading.Thread(target=_pump, args=(theirs.fileno(), process.stdin.fileno())),
+            threading.Thread(target=_pump_out, args=(process.stdout.fileno(), theirs)),
+        ]
+        for pump in pumps:
+            pump.start()
+        try:
+            wire.enter("")
+            batch = b"".join(wire.prepare(Command.READ, n * MIB, MIB) for n in range(count))
+            wire.send(batch + wire.prepare(Command.DISC))
+            for _ in range(count):
+                answer = wire.answer()
+                time.sleep(0.02)  # the server finishes long before its client
+                start = answer.asked.offset
+                assert images.golden_big[start : start + MIB] == answer.data()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait(20)
+            ours.close()
+            for pump in pumps:
+                pump.join(20)
+            theirs.close()
+
+
+def _pump_out(source: int, sock: socket.socket) -> None:
+    _pump(source, sock.fileno())
+    sock.shutdown(socket.SHUT_WR)
+
+
+def _pump(source: int, target: int) -> None:
+    try:
+        while piece := os.read(source, 1 << 16):
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(target, view) :]
+    except OSError:
+        pass
 
 
 def test_stdio_ends_on_sigterm(images: Images) -> None:

@@ -5,6 +5,7 @@ logged no fault of its own, and serve. A client that said all it had to say must
 a hang shows as a deadline missed. 1 500 cases, or 10 000 with NBDSRV_FUZZ=full.
 """
 
+import errno
 import os
 import random
 import select
@@ -66,7 +67,17 @@ def _converse(sock: socket.socket, data: bytes, rng: random.Random, *, wait: boo
                 continue
             if not wait:
                 return
-            sock.shutdown(socket.SHUT_WR)
+            _finish(sock)
+
+
+def _finish(sock: socket.socket) -> None:
+    """Nothing more to say; the server may have left in this very moment."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        raise ConnectionResetError from error
 
 
 def check(server: ServerProcess, descriptors: int, memory: int) -> None:
@@ -149,7 +160,7 @@ def tls_client(address: Address, context: ssl.SSLContext, rng: random.Random) ->
         _advance(tls)
         try:
             sock.sendall(rng.choice(mutations.MUTATIONS)(rng, due.read()))
-            sock.shutdown(socket.SHUT_WR)
+            _finish(sock)
             while sock.recv(1 << 16):
                 pass
         except ConnectionError:

@@ -94,7 +94,7 @@ def read_until_closed(wire: Wire, images: Images) -> int:
     return count
 
 
-@pytest.mark.parametrize("transport", [0], ids=["unix"])
+@pytest.mark.parametrize("transport", [0, 1], ids=["unix", "tcp"])
 def test_no_reply_is_torn_by_requests_nobody_read(
     server: ServerProcess, images: Images, transport: int
 ) -> None:
@@ -182,7 +182,7 @@ def test_hang_ups_and_many_short_connections(server: ServerProcess) -> None:
 # --- from inside -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [200])
+@pytest.mark.parametrize("count", [200, 600])
 async def test_requests_after_the_signal_get_eshutdown(
     images: Images, dialect: Dialect, tmp_path: Path, count: int
 ) -> None:

@@ -230,6 +230,13 @@ def test_payload_with_a_wrong_effect(readonly: ServerProcess, length: int) -> No
     assert len(wire.read(0, 512)) == 512
 
 
+@pytest.mark.parametrize("offset", [DISK_SIZE + 1, 2**64 - 1])
+def test_status_announcing_an_empty_payload(readonly: ServerProcess, offset: int) -> None:
+    wire = both(readonly)
+    assert wire.call(STATUS, offset, 0, PAYLOAD).error == Errno.EINVAL
+    assert len(wire.read(0, 512)) == 512
+
+
 @pytest.mark.parametrize("command", [0, 3, 4, 5, 6, 8, 99])
 @pytest.mark.parametrize("size", [1, 4096, 150_000])
 def test_unexpected_payload_is_consumed(readonly: ServerProcess, command: int, size: int) -> None:
