@@ -5,6 +5,8 @@ everything up to the transmission phase, so that a client which connects and sta
 and not for long (CVE-2024-7409).
 """
 
+import logging
+import os
 import ssl
 from dataclasses import dataclass, field
 
@@ -33,6 +35,8 @@ from protocol.handshake.events import (
 from protocol.handshake.server import ServerHandshake
 
 __all__ = ["Greeting", "Rejected", "Settled"]
+
+log = logging.getLogger(__name__)
 
 CHUNK = 4096
 """Bytes read at a time: handshakes are small, and idle ones should cost nothing."""
@@ -131,7 +135,7 @@ class Greeting:
             try:
                 disk = await self._hold(export)
             except DiskError as error:
-                return machine.refuse(Reply.ERR_PLATFORM, str(error))
+                return self._unopened(export, error)
             machine.contexts(disk.contexts)
         return None
 
@@ -146,8 +150,14 @@ class Greeting:
         try:
             disk = await self._hold(export)
         except DiskError as error:
-            return self.machine.refuse(Reply.ERR_PLATFORM, str(error))
+            return self._unopened(export, error)
         return self.machine.accept(export_info(export, disk))
+
+    def _unopened(self, export: Export, error: DiskError) -> Event | None:
+        """The client learns that and why, but not where things lie on this host."""
+        log.warning("export.unopened export=%r reason=%s", export.name, error)
+        text = f"export {export.name!r} cannot be opened: {os.strerror(error.errno)}"
+        return self.machine.refuse(Reply.ERR_PLATFORM, text)
 
     def _may_see_all(self) -> bool:
         return self.channel.secure or self.mode is not TlsMode.PER_EXPORT

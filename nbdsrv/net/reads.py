@@ -225,7 +225,7 @@ class Reads:
                 sender.emit(encoder.done(cookie, at))
         else:
             left = (fd, position + sent, length - sent)
-            name = self._disk.name
+            name = os.path.basename(self._disk.name)
             part = FilePart(*left, self._residency, monotonic(), encoder, cookie, at, name)
             sender.out.add_file(part)
             sender.out.flush()

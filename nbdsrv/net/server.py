@@ -75,7 +75,8 @@ class Server:
         self._reactor = Reactor(workers, Buffers(self._limits.memory))
         self._loop = asyncio.get_running_loop()
         self._listeners: list[Listener] = []
-        self._greetings: dict[asyncio.Task[None], None] = {}  # in order of arrival
+        self._greetings: dict[asyncio.Task[None], socket.socket] = {}  # in order of arrival
+        self._dismissed: dict[asyncio.Task[None], socket.socket] = {}
         self._clients: set[Transmission] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
@@ -93,7 +94,7 @@ class Server:
         self._make_room()
         self._empty.clear()
         task = self._loop.create_task(self._greet(sock))
-        self._greetings[task] = None
+        self._greetings[task] = sock
         task.add_done_callback(self._greeted)
 
     async def wait_empty(self) -> None:
@@ -107,7 +108,7 @@ class Server:
             listener.close()
         self._listeners.clear()
         for task in list(self._greetings):
-            task.cancel()
+            self._dismiss(task)
         for client in list(self._clients):
             client.drain()
         with contextlib.suppress(TimeoutError):
@@ -149,7 +150,12 @@ class Server:
             return
         oldest = next(iter(self._greetings), None)
         if oldest is not None:
-            oldest.cancel()
+            self._dismiss(oldest)
+
+    def _dismiss(self, greeting: "asyncio.Task[None]") -> None:
+        """End a handshake; it no longer counts."""
+        self._dismissed[greeting] = self._greetings.pop(greeting)
+        greeting.cancel()
 
     def _full(self) -> bool:
         return len(self._clients) >= self._limits.connections
@@ -192,7 +198,9 @@ class Server:
         client.start(settled.remainder)
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
-        del self._greetings[task]
+        sock = self._dismissed.pop(task, None) or self._greetings.pop(task, None)
+        if sock is not None and task.cancelled():
+            sock.close()  # a task cancelled before its first step has not done so itself
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session.bug in handshake", exc_info=error)
         self._check_empty()
@@ -209,5 +217,6 @@ class Server:
         self._check_empty()
 
     def _check_empty(self) -> None:
-        if not self._greetings and not self._clients and not self._releases:
+        busy = self._greetings or self._dismissed or self._clients or self._releases
+        if not busy:
             self._empty.set()

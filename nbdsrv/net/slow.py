@@ -33,6 +33,8 @@ MAX_IN_FLIGHT = 1024
 """Requests of one client being worked on; it may send more, they wait in its socket."""
 MAX_IN_FLIGHT_BYTES = 16 << 20
 """Bytes those requests may move, likewise."""
+STATUS_BYTES = 1 << 20
+"""Bytes a BLOCK_STATUS counts for: its answer is that long for a fragmented image."""
 MAX_READING = 16
 """Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
 
@@ -114,6 +116,8 @@ class SlowRequests:
         """Have a task carry out ``request``; ``owner`` is released when it has."""
         self.in_flight += 1
         moved = request.length if request.command in _MOVING else 0
+        if request.command == Command.BLOCK_STATUS:
+            moved = STATUS_BYTES
         self._bytes += moved
         task = asyncio.get_running_loop().create_task(self._perform(request, work, owner, moved))
         self._tasks.add(task)
@@ -266,7 +270,8 @@ class SlowRequests:
         offset = error.offset if isinstance(error, DiskError) else None
         if offset is not None and not request.offset <= offset < request.offset + request.length:
             offset = None
-        text = str(error)
+        # The image by its name only: where things lie on this host is no concern of a client.
+        text = str(error).replace(self._disk.name, os.path.basename(self._disk.name))
         return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
 
 

@@ -205,6 +205,8 @@ class Transmission:
         try:
             if self._may_read():
                 self._turn()
+            else:
+                self._more = True  # not now, but it must not be forgotten
         except Exception as error:  # noqa: BLE001 - the reactor serves others
             self._lost(error)
         else:
@@ -380,6 +382,9 @@ class Transmission:
             return body + length
         if length:
             return self._receive_payload(request, rx, body, end)
+        if request.command == Command.BLOCK_STATUS and request.flags & CommandFlag.PAYLOAD_LEN:
+            self._refuse(request, Errno.EINVAL, "PAYLOAD_LEN without a payload")
+            return body
         if request.command == Command.READ:
             self._read(request)
         elif request.command == Command.WRITE:

@@ -246,7 +246,7 @@ class Writes:
         cookie, offset, *_ = write
         if failure is None:
             return self._encoder.done(cookie, offset)
-        text = f"writing {self._disk.name}: {failure.strerror}"
+        text = f"writing {os.path.basename(self._disk.name)}: {failure.strerror}"
         return self._encoder.error(cookie, offset, wire_errno(failure.errno), text)
 
 

@@ -165,7 +165,7 @@ def test_one_socket_on_standard_input_and_output(images: Images, dialect: Dialec
         assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("count", [10])
+@pytest.mark.parametrize("count", [10, 30])
 def test_pipes_deliver_everything_before_the_end(images: Images, count: int) -> None:
     """All replies arrive although the client reads late and the server is done long before."""
     arguments = command(images.big, "--listen", "stdio")

@@ -5,6 +5,7 @@ CVE-2024-7409 (idle handshakes), CVE-2019-14850 (backend opened too early).
 """
 
 import asyncio
+import signal
 import ssl
 import struct
 import time
@@ -181,6 +182,25 @@ def test_cap_of_clients_in_transmission(serve: Serve, images: Images, tmp_path: 
     assert len(server.connect().enter("disk").read(0, 512)) == 512
 
 
+@pytest.mark.parametrize("burst", [False, True], ids=["one-by-one", "all-at-once"])
+def test_many_handshakes_respect_the_cap(
+    serve: Serve, images: Images, tmp_path: Path, burst: bool
+) -> None:
+    where = f"unix:{tmp_path}/sock"
+    server = serve(images.disk, "--listen", where, "--max-connections", "8")
+    before = server.descriptors()
+    if burst:
+        server.process.send_signal(signal.SIGSTOP)  # they pile up, and are accepted together
+    for _ in range(200):
+        wire = server.connect()
+        if not burst:
+            wire.receive(18)
+    server.process.send_signal(signal.SIGCONT)
+    assert eventually(lambda: server.descriptors() > before)
+    assert eventually(lambda: server.descriptors() <= before + 8, within=5)
+    assert len(server.connect().enter("disk").read(0, 512)) == 512
+
+
 def test_handshakes_held_by_another_client_do_not_delay(
     readonly: ServerProcess,
 ) -> None:
@@ -216,6 +236,7 @@ def test_image_that_vanished_is_an_error_at_go(serve: Serve, tmp_path: Path) -> 
     wire.greet()
     reply = wire.ask(Option.GO, info_data(""))[-1]
     assert reply.reply >= 1 << 31
+    assert str(tmp_path) not in reply.text  # where things lie is no concern of a client
     assert wire.verdict(Option.LIST) == Reply.ACK
     (tmp_path / "away").rename(image)
     wire.go("")

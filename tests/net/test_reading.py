@@ -191,7 +191,7 @@ def test_cold_file_is_read_correctly(
             assert images.golden_big[start : start + length] == answer.data()
 
 
-@pytest.mark.parametrize("count", [16])
+@pytest.mark.parametrize("count", [16, 20, 40, 100])
 def test_more_slow_reads_than_may_be_in_flight(
     serve: Serve, images: Images, tmp_path: Path, count: int
 ) -> None:

@@ -230,7 +230,7 @@ def test_payload_with_a_wrong_effect(readonly: ServerProcess, length: int) -> No
     assert len(wire.read(0, 512)) == 512
 
 
-@pytest.mark.parametrize("offset", [DISK_SIZE + 1, 2**64 - 1])
+@pytest.mark.parametrize("offset", [0, MIB, DISK_SIZE + 1, 2**64 - 1])
 def test_status_announcing_an_empty_payload(readonly: ServerProcess, offset: int) -> None:
     wire = both(readonly)
     assert wire.call(STATUS, offset, 0, PAYLOAD).error == Errno.EINVAL
