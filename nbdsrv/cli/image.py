@@ -15,6 +15,7 @@ from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import parse_source
 from nbdsrv.export.opener import open_source
 from protocol.contexts import ALLOCATION
+from protocol.extents import ExtentList
 
 __all__ = ["info", "map_"]
 
@@ -114,17 +115,13 @@ async def _extents(disk: Disk, context: str) -> list[tuple[int, int, int]]:
     if context not in disk.contexts:
         known = ", ".join(disk.contexts)
         raise ConfigError(f"{disk.name} has no context {context}; it has {known}")
-    rows: list[tuple[int, int, int]] = []
+    extents: list[tuple[int, int]] = []
     offset = 0
     while offset < disk.size:
         found = await disk.status(context, offset, min(STEP, disk.size - offset))
-        for start, length, flags in found.ranges():
-            if rows and rows[-1][2] == flags:
-                rows[-1] = (rows[-1][0], rows[-1][1] + length, flags)
-            else:
-                rows.append((start, length, flags))
+        extents += [(extent.length, extent.flags) for extent in found]
         offset = found.end
-    return rows
+    return list(ExtentList(0, extents).ranges())
 
 
 def _name(context: str, flags: int) -> str:

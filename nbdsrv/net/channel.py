@@ -114,10 +114,6 @@ class TlsChannel:
                 raise ConnectionError(f"TLS: {error.reason or error}") from error
         return done
 
-    def send_file(self, fd: int, position: int, length: int) -> int | None:
-        """TLS has to see the bytes: use ``send``."""
-        raise NotImplementedError
-
     def pending(self) -> bool:
         """OpenSSL may hold the rest of a decrypted record."""
         return self.sock.pending() > 0

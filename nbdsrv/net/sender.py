@@ -8,7 +8,7 @@
 
 from collections.abc import Callable
 
-from nbdsrv.net.channel import Channel
+from nbdsrv.net.channel import Channel, TlsChannel
 from nbdsrv.net.outgoing import FilePart, Outgoing
 from nbdsrv.net.reactor import ARENA_SIZE, Reactor
 
@@ -79,13 +79,15 @@ class Sender:
     def send_file(self, fd: int, position: int, length: int) -> int:
         """Send what is in the arena, then the file's range; returns the bytes of it sent.
 
-        Less than ``length`` means that the caller must queue the rest in ``out`` at once.
+        Plain sockets only: TLS has to see the bytes. Less than ``length`` means that the caller
+        must queue the rest in ``out`` at once.
         """
+        channel = self._channel
+        assert not isinstance(channel, TlsChannel)
         sent = 0
         if self.push(more=True):
-            send_file = self._channel.send_file
             while sent < length:
-                count = send_file(fd, position + sent, length - sent)
+                count = channel.send_file(fd, position + sent, length - sent)
                 if not count:
                     break
                 sent += count

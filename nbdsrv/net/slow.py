@@ -85,8 +85,7 @@ class SlowRequests:
             self.start(request, self.read(request))
             return
         self._fetching += 1
-        self.in_flight += 1
-        self._bytes += length
+        self._begin(request)
         buffer = self._buffers.borrow(total)
         buffer.data[: len(header)] = header
         view = buffer.data[len(header) : total]
@@ -102,8 +101,7 @@ class SlowRequests:
         error: BaseException | None,
     ) -> None:
         self._fetching -= 1
-        self.in_flight -= 1
-        self._bytes -= request.length
+        self._end(request)
         if error is None and count == request.length:
             self._deliver([(buffer.view(total), buffer)])
             return
@@ -114,21 +112,13 @@ class SlowRequests:
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
     ) -> None:
         """Have a task carry out ``request``; ``owner`` is released when it has."""
-        self.in_flight += 1
-        moved = request.length if request.command in _MOVING else 0
-        if request.command == Command.BLOCK_STATUS:
-            moved = STATUS_BYTES
-        self._bytes += moved
-        task = asyncio.get_running_loop().create_task(self._perform(request, work, owner, moved))
+        self._begin(request)
+        task = asyncio.get_running_loop().create_task(self._perform(request, work, owner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _perform(
-        self,
-        request: Request,
-        work: Coroutine[Any, Any, Answer],
-        owner: Buffer | None,
-        moved: int,
+        self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None
     ) -> None:
         try:
             answer = await work
@@ -138,9 +128,16 @@ class SlowRequests:
             answer = [(self.failure(request, error), None)]
         if owner is not None:
             self._buffers.release(owner)
-        self.in_flight -= 1
-        self._bytes -= moved
+        self._end(request)
         self._deliver(answer)
+
+    def _begin(self, request: Request) -> None:
+        self.in_flight += 1
+        self._bytes += _weight(request)
+
+    def _end(self, request: Request) -> None:
+        self.in_flight -= 1
+        self._bytes -= _weight(request)
 
     async def read(self, request: Request) -> Answer:
         """READ: holes as holes where the dialect has them and DF does not forbid it."""
@@ -277,6 +274,13 @@ class SlowRequests:
 
 _MOVING = frozenset({Command.READ, Command.WRITE})
 _CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+
+
+def _weight(request: Request) -> int:
+    """Bytes a request counts for while it is in flight."""
+    if request.command == Command.BLOCK_STATUS:
+        return STATUS_BYTES
+    return request.length if request.command in _MOVING else 0
 
 
 def _clip(runs: Sequence[Run], length: int) -> list[Run]:
