@@ -13,12 +13,12 @@ them (``nbdsrv.net.transmission``). ``read_into`` is the same for everyone else.
 import errno as os_errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Flag, auto
 
-from nbdsrv.disk.runs import FileRun, Run
+from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import DiskError
+from nbdsrv.errors import CorruptImage, DiskError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
 from protocol.terms import BlockSizes
@@ -57,6 +57,7 @@ class Disk(ABC):
         block_sizes: constraints in bytes.
         contexts: names of the meta contexts ``status`` answers for.
         epoch: changes whenever something ``locate`` answered may no longer be true.
+        backing: the Disk below, which gives what this one does not have; closed with it.
     """
 
     name: str
@@ -66,9 +67,15 @@ class Disk(ABC):
     block_sizes: BlockSizes = BlockSizes()
     contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
     epoch: int = 0
+    backing: "Disk | None" = None
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What ``info`` tells beyond size and allocation: JSON values under snake_case names."""
+        return {}
 
     @abstractmethod
     def locate(self, offset: int, length: int) -> Sequence[Run] | None:
@@ -124,7 +131,7 @@ class Disk(ABC):
             return found
         if context == ALLOCATION_DEPTH:
             return ExtentList(offset, [(e.length, 0 if e.flags & 1 else 1) for e in found])
-        raise DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
+        raise self._no_context(context)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Store ``data``; visible to every later read, durable after ``flush``."""
@@ -155,6 +162,15 @@ class Disk(ABC):
     async def close(self) -> None:
         """Release descriptors and memory. Flushes nothing; idempotent."""
 
+    def _no_context(self, context: str) -> DiskError:
+        return DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
+
+    def _check(self, offset: int, length: int, errno: int = os_errno.EINVAL) -> None:
+        """Raises DiskError for a range that is not within the disk."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            text = f"{self.name}: {length} bytes at {offset} reach beyond its end at {self.size}"
+            raise DiskError(text, errno)
+
     def _read_only(self) -> DiskError:
         return DiskError(f"{self.name} is read-only", os_errno.EROFS)
 
@@ -172,9 +188,25 @@ def read_runs(name: str, offset: int, runs: Sequence[Run], buffer: memoryview) -
         part = buffer[at : at + run.length]
         if isinstance(run, FileRun):
             _pread_exactly(name, run, part, offset + at)
-        else:
+        elif isinstance(run, ZeroRun):
             part[:] = bytes(len(part))
+        elif isinstance(run, BlockRun):
+            _decode_exactly(name, run, part, offset + at)
+        else:
+            raise DiskError(f"{name}: only read_into gives these bytes", offset=offset + at)
         at += len(part)
+
+
+def _decode_exactly(name: str, run: BlockRun, part: memoryview, offset: int) -> None:
+    try:
+        block = run.blocks.get(run.key, len(part))
+    except DiskError as error:  # a new one: others may be waiting for the same block
+        raise type(error)(str(error), error.errno, offset) from error
+    end = run.skip + len(part)
+    if len(block) < end:
+        text = f"corrupt image: {name} at {offset}: a block decodes to {len(block)} bytes only"
+        raise CorruptImage(text, offset=offset)
+    part[:] = memoryview(block)[run.skip : end]
 
 
 def _pread_exactly(name: str, run: FileRun, part: memoryview, offset: int) -> None:

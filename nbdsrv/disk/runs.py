@@ -2,16 +2,18 @@
 
 A format translates addresses; one engine moves bytes (docs/architecture.md, "How bytes move")::
 
-    guest   |---- FileRun ----|-- ZeroRun --|---- FileRun ----|
-                 |                               |
-    file    .....|====|.......................|==========|....
+    guest   |---- FileRun ----|-- ZeroRun --|-- BlockRun --|-- RemoteRun --|
+                 |                               |                 |
+    file    .....|====|..........................|##|       only ``read_into`` knows
+                  as it is               encoded, decoded as a whole
 """
 
 from typing import NamedTuple
 
+from nbdsrv.disk.blocks import Blocks
 from nbdsrv.disk.residency import Residency
 
-__all__ = ["FileRun", "Run", "ZeroRun"]
+__all__ = ["BlockRun", "FileRun", "RemoteRun", "Run", "ZeroRun"]
 
 
 class FileRun(NamedTuple):
@@ -36,4 +38,30 @@ class ZeroRun(NamedTuple):
     length: int
 
 
-Run = FileRun | ZeroRun
+class BlockRun(NamedTuple):
+    """``length`` bytes of a block that must be decoded as a whole.
+
+    Attributes:
+        blocks: decodes and remembers; ``blocks.peek(key)`` is for the loop, ``blocks.get`` for
+            threads.
+        key: names the block among ``blocks``.
+        skip: where in the decoded block the run begins, bytes.
+        length: bytes, at least 1; the block is at least ``skip + length`` long.
+    """
+
+    blocks: Blocks
+    key: int
+    skip: int
+    length: int
+
+
+class RemoteRun(NamedTuple):
+    """``length`` bytes that only the Disk's own ``read_into`` can give, for it must wait for them.
+
+    Never beside runs of other kinds: a Disk answers with one RemoteRun or with none.
+    """
+
+    length: int
+
+
+Run = FileRun | ZeroRun | BlockRun | RemoteRun

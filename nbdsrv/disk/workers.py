@@ -25,6 +25,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
+from nbdsrv.disk.blocks import BlockCache
+
 __all__ = ["Workers"]
 
 T = TypeVar("T")
@@ -45,9 +47,11 @@ class Workers:
 
     Attributes:
         outstanding: jobs whose results have not been delivered.
+        cache: the decoded blocks that all Disks on these threads keep.
     """
 
-    def __init__(self, threads: int = DEFAULT_THREADS) -> None:
+    def __init__(self, threads: int = DEFAULT_THREADS, cache: BlockCache | None = None) -> None:
+        self.cache = cache or BlockCache()
         self._finished: deque[Finished] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._crew = _Crew("nbdsrv-work", threads, self._finished, self._eventfd)

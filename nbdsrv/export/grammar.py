@@ -29,7 +29,21 @@ class Kind(Enum):
 
 
 FORMATS = frozenset(
-    {"raw", "qcow2", "qcow", "vhd", "vhdx", "vmdk", "vdi", "parallels", "ova", "xva"}
+    {
+        "raw",
+        "qcow2",
+        "qcow",
+        "vhd",
+        "vhdx",
+        "vmdk",
+        "vdi",
+        "parallels",
+        "ova",
+        "xva",
+        "gzip",
+        "xz",
+        "zstd",
+    }
 )
 REPOSITORIES = frozenset(
     {"repo", "repo+s3", "xo", "pbs", "virtnbdbackup", "casync", "benji", "restic", "borg"}

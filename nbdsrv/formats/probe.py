@@ -7,10 +7,13 @@ qcow2      ``QFI\xfb`` version 2, 3     0
 qcow       ``QFI\xfb`` version 1        0
 vhdx       ``vhdxfile``                 0
 vmdk       ``KDMV`` ``COWD`` descriptor 0
+           0xcafebabe (seSparse)
 vdi        0xbeda107f little-endian     64
 parallels  ``WithoutFreeSpace`` ...     0
 luks       ``LUKS\xba\xbe``             0
 vhd        ``conectix``                 0 or end - 512
+ova        tar, first member ``*.ovf``  0 and 257
+xva        tar, first ``ova.xml``       0
 gzip, xz, zstd                          0
 ========== ============================ ==========
 
@@ -22,14 +25,16 @@ import os
 import stat
 
 from nbdsrv.errors import DiskError
+from nbdsrv.formats.image_file import ImageFile
 
-__all__ = ["probe"]
+__all__ = ["probe", "probe_file"]
 
 _AT_START = (
     (b"vhdxfile", "vhdx"),
     (b"KDMV", "vmdk"),
     (b"COWD", "vmdk"),
     (b"# Disk DescriptorFile", "vmdk"),
+    (b"\xbe\xba\xfe\xca\0\0\0\0", "vmdk"),
     (b"WithoutFreeSpace", "parallels"),
     (b"WithouFreSpacExt", "parallels"),
     (b"LUKS\xba\xbe", "luks"),
@@ -63,6 +68,14 @@ def probe(path: str) -> str:
         os.close(fd)
 
 
+def probe_file(file: ImageFile) -> str:
+    """The same for a file that is open, or a part of one."""
+    if file.device:
+        return "raw"
+    start = file.read_up_to(0, FOOTER)
+    return _recognise(start, file.read_up_to(max(file.size - FOOTER, 0), 8))
+
+
 def _recognise(start: bytes, footer: bytes) -> str:
     if start[:4] == b"QFI\xfb":
         return "qcow" if start[4:8] == (1).to_bytes(4, "big") else "qcow2"
@@ -73,4 +86,9 @@ def _recognise(start: bytes, footer: bytes) -> str:
         return "vdi"
     if footer == b"conectix":
         return "vhd"
+    first = start[:100].partition(b"\0")[0]  # of a tar archive: its first member's name
+    if first == b"ova.xml":
+        return "xva"
+    if start[257:262] == b"ustar" and first.lower().endswith(b".ovf"):
+        return "ova"
     return "raw"

@@ -17,15 +17,16 @@ from collections.abc import Callable, Sequence
 from typing import TypeVarTuple
 
 from nbdsrv.disk.disk import Ability, Disk
-from nbdsrv.disk.residency import NEVER, Residency
 from nbdsrv.disk.runs import FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.allocation import discard_device, punch_hole, zero_range
 from nbdsrv.formats.extent_map import ExtentMap
+from nbdsrv.formats.image_file import ImageFile, open_image_file
+from nbdsrv.formats.opening import Opening
 from protocol.extents import DATA, HOLE, ExtentList
 
-__all__ = ["RawDisk", "open_raw"]
+__all__ = ["RawDisk", "open_raw", "raw_disk"]
 
 Ts = TypeVarTuple("Ts")
 
@@ -38,27 +39,24 @@ LOOK_AHEAD_EXTENTS = 256
 ZERO_CHUNK = 1 << 20
 """Bytes of zeroes written at a time where fallocate cannot help."""
 
-_MEMORY_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-
 
 class RawDisk(Disk):
-    """A file or block device, as it is."""
+    """A file or block device, or a part of one, as it is."""
 
     format = "raw"
 
-    def __init__(
-        self, workers: Workers, fd: int, name: str, *, size: int, device: bool, writable: bool
-    ) -> None:
+    def __init__(self, workers: Workers, file: ImageFile) -> None:
+        """Becomes the owner of ``file``."""
         super().__init__(workers)
-        self.name = name
-        self.size = size
-        self._fd = fd
-        self._device = device
-        self._residency = Residency(_inline_flags(fd))
+        self.name = file.path
+        self.size = file.size
+        self._file = file
+        self._fd = file.fd
+        self._base = file.base
         self._map = ExtentMap()
         self._flush_failed = False
         self.abilities = Ability.MULTI_CONN
-        if writable:
+        if file.writable:
             self.abilities |= (
                 Ability.WRITE | Ability.FLUSH | Ability.TRIM | Ability.ZERO | Ability.FAST_ZERO
             )
@@ -75,11 +73,11 @@ class RawDisk(Disk):
                 return None
             _, known_end, data = entry
             if data:
-                runs.append(FileRun(self._fd, at, known_end - at, self._residency))
+                runs.append(self._file.run(at, known_end - at))
                 at = known_end
                 continue
             # This lseek does not wait for the disk: the extent was read a while ago.
-            hole_end = min(_seek(self._fd, at, os.SEEK_DATA, self.size), known_end)
+            hole_end = min(self._seek(at, os.SEEK_DATA), known_end)
             if hole_end <= at:
                 self._map.forget(at, known_end)
                 return None
@@ -92,7 +90,7 @@ class RawDisk(Disk):
         del length
         if Ability.WRITE not in self.abilities:
             return None
-        return FileRun(self._fd, offset, self.size - offset, self._residency)
+        return self._file.run(offset, self.size - offset)
 
     async def load(self, offset: int, length: int) -> None:
         """Ask the file system about this range, and a little beyond."""
@@ -119,9 +117,9 @@ class RawDisk(Disk):
         horizon = min(end + ahead, self.size)
         try:
             while at < end or (at < horizon and len(found) < LOOK_AHEAD_EXTENTS):
-                data = _seek(self._fd, at, os.SEEK_DATA, self.size)
+                data = self._seek(at, os.SEEK_DATA)
                 found.append((data - at, HOLE))
-                hole = _seek(self._fd, data, os.SEEK_HOLE, self.size)
+                hole = self._seek(data, os.SEEK_HOLE)
                 found.append((hole - data, DATA))
                 at = hole
                 if len(found) >= MAX_EXTENTS:
@@ -129,6 +127,25 @@ class RawDisk(Disk):
         except OSError as error:
             raise DiskError.from_os(f"mapping {self.name}", error, at) from error
         return ExtentList(offset, found)
+
+    def _seek(self, at: int, whence: int) -> int:
+        """Next data or hole at or after ``at``; the end of the disk where there is none.
+
+        What a truncated file has lost is neither: it counts as data, so that reading it fails
+        instead of giving zeroes.
+        """
+        base, size = self._base, self.size
+        try:
+            return min(os.lseek(self._fd, base + at, whence) - base, size)
+        except OSError as error:
+            if error.errno == os_errno.EINVAL:  # a block device: it has no holes it knows of
+                return at if whence == os.SEEK_DATA else size
+            if error.errno != os_errno.ENXIO:
+                raise
+        info = os.fstat(self._fd)
+        if stat.S_ISREG(info.st_mode) and info.st_size - base < size and whence == os.SEEK_DATA:
+            return max(at, info.st_size - base)
+        return size
 
     # --- changes -------------------------------------------------------------------------
 
@@ -171,18 +188,14 @@ class RawDisk(Disk):
     async def cache(self, offset: int, length: int) -> None:
         """Read ahead into the page cache, without waiting for it."""
         advise = os.posix_fadvise
-        await self._change(advise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        where = (self._base + offset, length)
+        await self._change(advise, self._fd, *where, os.POSIX_FADV_WILLNEED)
 
     async def close(self) -> None:
-        """Close the descriptor."""
+        """Close the file."""
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            await self._workers.look_up(os.close, fd)
-
-    def _check(self, offset: int, length: int, errno: int = os_errno.EINVAL) -> None:
-        if offset < 0 or offset + length > self.size:
-            text = f"{self.name}: {length} bytes at {offset} reach beyond its end at {self.size}"
-            raise DiskError(text, errno)
+            self._fd = -1
+            await self._workers.look_up(self._file.close)
 
     def _check_change(self, offset: int, length: int) -> None:
         if Ability.WRITE not in self.abilities:
@@ -202,12 +215,12 @@ class RawDisk(Disk):
     def _write(self, offset: int, data: memoryview) -> None:
         done = 0
         while done < len(data):
-            done += os.pwrite(self._fd, data[done:], offset + done)
+            done += os.pwrite(self._fd, data[done:], self._base + offset + done)
 
     def _zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:  # noqa: FBT001
         method = punch_hole if punch else zero_range
         try:
-            method(self._fd, offset, length)
+            method(self._fd, self._base + offset, length)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
@@ -217,14 +230,15 @@ class RawDisk(Disk):
 
     def _write_zeroes(self, offset: int, length: int) -> None:
         zeroes = memoryview(bytes(min(length, ZERO_CHUNK)))
+        offset += self._base
         end = offset + length
         while offset < end:
             offset += os.pwrite(self._fd, zeroes[: end - offset], offset)
 
     def _trim(self, offset: int, length: int) -> None:
-        discard = discard_device if self._device else punch_hole
+        discard = discard_device if self._file.device else punch_hole
         try:
-            discard(self._fd, offset, length)
+            discard(self._fd, self._base + offset, length)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
@@ -233,6 +247,11 @@ class RawDisk(Disk):
 _CANNOT = frozenset({os_errno.EOPNOTSUPP, os_errno.ENOSYS, os_errno.ENOTTY, os_errno.EINVAL})
 """What fallocate and BLKDISCARD answer where the request makes no sense to the file system;
 EINVAL is a device's answer to a range that is not whole sectors."""
+
+
+async def raw_disk(file: ImageFile, opening: Opening) -> RawDisk:
+    """``file`` as it is; becomes its owner."""
+    return RawDisk(opening.workers, file)
 
 
 async def open_raw(path: str, workers: Workers, *, writable: bool) -> RawDisk:
@@ -245,66 +264,4 @@ async def open_raw(path: str, workers: Workers, *, writable: bool) -> RawDisk:
 
 
 def _open(path: str, workers: Workers, writable: bool) -> RawDisk:  # noqa: FBT001
-    # O_NONBLOCK: opening a FIFO by mistake must not wait for its other end.
-    mode = os.O_RDWR if writable else os.O_RDONLY
-    try:
-        fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise DiskError.from_os(path, error) from error
-    try:
-        info = os.fstat(fd)
-        device = stat.S_ISBLK(info.st_mode)
-        if stat.S_ISDIR(info.st_mode):
-            raise DiskError(f"{path}: is a directory, not a disk image", os_errno.EISDIR)
-        if not device and not stat.S_ISREG(info.st_mode):
-            raise DiskError(f"{path}: neither a regular file nor a block device", os_errno.EINVAL)
-        size = os.lseek(fd, 0, os.SEEK_END) if device else info.st_size
-        return RawDisk(workers, fd, path, size=size, device=device, writable=writable)
-    except OSError as error:
-        os.close(fd)
-        raise DiskError.from_os(path, error) from error
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _seek(fd: int, at: int, whence: int, size: int) -> int:
-    """Next data or hole at or after ``at``; the end of the disk where there is none.
-
-    What a truncated file has lost is neither: it counts as data, so that reading it fails instead
-    of giving zeroes.
-    """
-    try:
-        return min(os.lseek(fd, at, whence), size)
-    except OSError as error:
-        if error.errno == os_errno.EINVAL:  # a block device: it has no holes it knows of
-            return at if whence == os.SEEK_DATA else size
-        if error.errno != os_errno.ENXIO:
-            raise
-    info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_size < size and whence == os.SEEK_DATA:
-        return max(at, info.st_size)
-    return size
-
-
-def _inline_flags(fd: int) -> int:
-    """How this file may be read on the event loop; decided once (see ``Residency.inline``)."""
-    try:
-        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return os.RWF_NOWAIT
-    except OSError:
-        return 0 if _filesystem_of(fd) in _MEMORY_FILESYSTEMS else NEVER
-    return os.RWF_NOWAIT
-
-
-def _filesystem_of(fd: int) -> str:
-    """Type of the file system that holds ``fd``, from /proc/self/mountinfo; "" if unknown."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
-        for line in table:
-            head, _, tail = line.partition(" - ")
-            if head.split()[2] == wanted:
-                return tail.split()[0]
-    return ""
+    return RawDisk(workers, open_image_file(path, writable=writable))

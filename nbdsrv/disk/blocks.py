@@ -1,0 +1,141 @@
+"""Blocks that are stored encoded: decoded in threads, once, and kept for a while.
+
+::
+
+    Disk A ── Blocks ──┐                     ┌ peek(key)   the loop: what is there, now
+    Disk B ── Blocks ──┼── BlockCache        │ get(key)    threads: decode what is not
+    Disk C ── Blocks ──┘   one budget        └ forget(key) its content has changed
+
+Whoever asks first decodes; who asks for the same block meanwhile waits for that (*single flight*).
+A block that is read as a whole is not kept: whoever reads so reads on and does not come back.
+
+Eviction is CLOCK: a hit only sets a flag, so that ``peek`` needs no lock and never waits.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+__all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
+
+DEFAULT_CACHE = 64 << 20
+"""Decoded bytes kept for all Disks of a process together: a thousand clusters of 64 KiB."""
+
+
+class _Entry:
+    __slots__ = ("data", "key", "owner", "used")
+
+    def __init__(self, owner: "Blocks", key: int, data: bytes) -> None:
+        self.owner = owner
+        self.key = key
+        self.data = data
+        self.used = False
+
+
+class BlockCache:
+    """The budget, and the hand of the clock. Thread-safe."""
+
+    def __init__(self, limit: int = DEFAULT_CACHE) -> None:
+        self.limit = limit
+        self.lock = threading.Lock()
+        self._clock: deque[_Entry] = deque()
+        self._size = 0
+
+    def keep(self, entry: _Entry) -> None:
+        """Remember; older blocks nobody has asked for again make room. Call with the lock."""
+        self._clock.append(entry)
+        self._size += len(entry.data)
+        while self._size > self.limit:
+            oldest = self._clock.popleft()
+            if oldest.used and oldest is not entry:
+                oldest.used = False
+                self._clock.append(oldest)
+                continue
+            self._size -= len(oldest.data)
+            if oldest.owner.held.get(oldest.key) is oldest:
+                del oldest.owner.held[oldest.key]
+
+    def drop(self, entry: _Entry) -> None:
+        """Its memory is free at once; its place in the clock is found empty later."""
+        self._size -= len(entry.data)
+        entry.data = b""
+        entry.used = False
+
+
+class Blocks:
+    """The encoded blocks of one Disk.
+
+    Attributes:
+        held: key to decoded block; only ``BlockCache`` and this class change it.
+    """
+
+    __slots__ = ("_cache", "_decode", "_decoding", "held")
+
+    def __init__(self, cache: BlockCache, decode: Callable[[int], bytes]) -> None:
+        """``decode`` returns the block of a key, blocking, in any thread; raises DiskError."""
+        self._cache = cache
+        self._decode = decode
+        self._decoding: dict[int, Future[bytes]] = {}
+        self.held: dict[int, _Entry] = {}
+
+    def peek(self, key: int) -> bytes | None:
+        """The decoded block if it is in memory. Never waits; for the loop."""
+        entry = self.held.get(key)
+        if entry is None:
+            return None
+        entry.used = True
+        return entry.data or None
+
+    def get(self, key: int, wanted: int) -> bytes:
+        """The decoded block; decodes it if need be, or waits for who is doing so. For threads.
+
+        ``wanted``: bytes of it that are used now; a block of which more is left is kept.
+
+        Raises:
+            DiskError: it cannot be read or decoded.
+        """
+        found = self.peek(key)
+        if found is not None:
+            return found
+        with self._cache.lock:
+            flight = self._decoding.get(key)
+            mine = flight is None
+            if flight is None:
+                flight = self._decoding[key] = Future()
+        if not mine:
+            return flight.result()
+        try:
+            data = self._decode(key)
+        except BaseException as error:
+            with self._cache.lock:
+                self._decoding.pop(key, None)
+            flight.set_exception(error)
+            raise
+        with self._cache.lock:
+            # Forgotten meanwhile: what was decoded is what the block was, not what it is.
+            if (
+                self._decoding.pop(key, None) is flight
+                and wanted < len(data)
+                and key not in self.held
+            ):
+                entry = self.held[key] = _Entry(self, key, data)
+                self._cache.keep(entry)
+        flight.set_result(data)
+        return data
+
+    def forget(self, key: int) -> None:
+        """The block has changed or is gone."""
+        with self._cache.lock:
+            self._decoding.pop(key, None)
+            entry = self.held.pop(key, None)
+            if entry is not None:
+                self._cache.drop(entry)
+
+    def close(self) -> None:
+        """Give all memory back; for a Disk that is closed."""
+        with self._cache.lock:
+            self._decoding.clear()
+            for entry in self.held.values():
+                self._cache.drop(entry)
+            self.held.clear()

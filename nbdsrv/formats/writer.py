@@ -1,0 +1,72 @@
+"""An image being written, from its beginning to its end.
+
+::
+
+    copy ──> begin(plan) ── data(offset, bytes) | zero(offset, length) ... ──> finish()
+                                                                          └──> abort()
+
+Contract between whoever copies and a format's writer:
+
+* ``data`` and ``zero`` never overlap. Where ``ordered`` they come one at a time in ascending order,
+  otherwise in any order and several at once.
+* What is left out is a hole: zeroes, or what the backing image has there.
+* ``data`` begins and ends on multiples of ``granularity``, except at the end of the disk.
+* ``zero`` says that the range reads as zeroes whatever lies below; ranges are any.
+* Before ``finish`` returns the image is complete and durable (fsync); without it there is none: a
+  file is written under a temporary name beside its own and renamed by ``finish``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+__all__ = ["ImageWriter", "Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is going to be written.
+
+    Attributes:
+        size: of the disk, bytes.
+        data: the ranges (offset, length) that ``data`` will be called for at most, ascending,
+            merged; call it to go through them. A target that cannot seek back needs it to write
+            its tables first; all-zero pieces found on the way are then written as data.
+    """
+
+    size: int
+    data: Callable[[], Iterator[tuple[int, int]]]
+
+
+class ImageWriter(ABC):
+    """Writes one image. All methods belong to one event loop; blocking work is in threads.
+
+    Attributes:
+        ordered: must data come in ascending order, one call at a time?
+        granularity: bytes.
+        seekable: False when the target is a pipe.
+    """
+
+    ordered: bool = True
+    granularity: int = 1
+    seekable: bool = True
+
+    @abstractmethod
+    async def begin(self, plan: Plan) -> None:
+        """Open the target. Raises DiskError, UnsupportedImage for a size the format cannot have."""
+
+    @abstractmethod
+    async def data(self, offset: int, data: memoryview) -> None:
+        """Store; done with ``data`` when it returns."""
+
+    @abstractmethod
+    async def zero(self, offset: int, length: int) -> None:
+        """Zeroes, explicitly."""
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """Make it complete, durable and visible."""
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Leave nothing behind. Idempotent; after ``finish`` it does nothing."""
