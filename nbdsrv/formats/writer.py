@@ -9,11 +9,14 @@ Contract between whoever copies and a format's writer:
 
 * ``data`` and ``zero`` never overlap. Where ``ordered`` they come one at a time in ascending order,
   otherwise in any order and several at once.
-* What is left out is a hole: zeroes, or what the backing image has there.
+* What is left out is a hole where ``fresh``: zeroes, or what the backing image has there. Elsewhere
+  it is whatever was there before, and so nothing is left out.
 * ``data`` begins and ends on multiples of ``granularity``, except at the end of the disk.
 * ``zero`` says that the range reads as zeroes whatever lies below; ranges are any.
 * Before ``finish`` returns the image is complete and durable (fsync); without it there is none: a
-  file is written under a temporary name beside its own and renamed by ``finish``.
+  file is written under a temporary name beside its own and renamed by ``finish``
+  (``nbdsrv.formats.target_file`` does it). A target that is not ``fresh`` is left as far as it got.
+* ``abort`` may follow a ``begin``, ``data`` or ``finish`` that has failed or was cancelled.
 """
 
 from abc import ABC, abstractmethod
@@ -44,12 +47,15 @@ class ImageWriter(ABC):
     Attributes:
         ordered: must data come in ascending order, one call at a time?
         granularity: bytes.
-        seekable: False when the target is a pipe.
+        seekable: False when the target is a pipe; may be set by the constructor.
+        fresh: is the image made anew? Otherwise it is overwritten in place, and zeroes must be
+            written too.
     """
 
     ordered: bool = True
     granularity: int = 1
     seekable: bool = True
+    fresh: bool = True
 
     @abstractmethod
     async def begin(self, plan: Plan) -> None:

@@ -18,7 +18,7 @@ from nbdsrv.disk.residency import Residency
 from nbdsrv.net.buffers import Buffer, Buffers
 from nbdsrv.net.channel import Channel, TlsChannel
 from protocol.constants import Errno
-from protocol.replies import ChunkEncoder, SimpleEncoder
+from protocol.replies import ChunkEncoder
 
 __all__ = ["FilePart", "Outgoing", "PromiseBrokenError"]
 
@@ -38,6 +38,7 @@ class FilePart:
     Attributes:
         residency: how warm the file is.
         checked: when the range was last known to be in memory (``monotonic``).
+        encoder: ends the reply; None if it was announced as complete, or is a simple one.
         at: the request's own offset.
         name: what the file is called in messages.
     """
@@ -47,20 +48,20 @@ class FilePart:
     length: int
     residency: Residency
     checked: float
-    encoder: SimpleEncoder | ChunkEncoder
+    encoder: ChunkEncoder | None
     cookie: int
     at: int
     name: str
 
     def tail(self) -> bytes:
         """What ends the reply when all went well."""
-        if isinstance(self.encoder, SimpleEncoder):
+        if self.encoder is None:
             return b""
         return self.encoder.done(self.cookie, self.at)
 
     def apology(self) -> bytes:
         """What ends it, after padding, when the file turned out too short."""
-        if isinstance(self.encoder, SimpleEncoder):
+        if self.encoder is None:
             raise PromiseBrokenError(f"{self.name} was truncated in the middle of a reply")
         text = f"{self.name} was truncated"
         return self.encoder.error(self.cookie, self.at, Errno.EIO, text)

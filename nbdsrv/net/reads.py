@@ -4,18 +4,20 @@
 
     request ──> window? ──yes──> preadv(RWF_NOWAIT) into the arena, behind its reply header
                   │ no                 └─ large, plain socket: sendfile
-                  └──> Disk.locate ──> a new window, a hole, or: not now
+                  └──> Disk.locate ──> a new window, a hole, pieces of several kinds, or: not now
 
 The *window* is the last FileRun that ``locate`` gave: disk range, file and how to read it. Within
-it a read is a comparison, one system call and one ``pack_into``.
+it a read is a comparison, one system call and one ``pack_into``. In an image whose blocks lie
+scattered nearly every read finds a new window first, which costs one look into tables in memory.
 """
 
 import os
+from collections.abc import Sequence
 from time import monotonic
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import NEVER, Residency
-from nbdsrv.disk.runs import FileRun
+from nbdsrv.disk.runs import BlockRun, FileRun, RemoteRun, Run, ZeroRun
 from nbdsrv.net.outgoing import FilePart
 from nbdsrv.net.reactor import ARENA_SIZE
 from nbdsrv.net.sender import Sender
@@ -39,6 +41,11 @@ __all__ = ["Reads"]
 
 LARGE = 1 << 16
 """Bytes from which sendfile beats copying, on a plain socket."""
+CERTAIN = 256 << 10
+"""Bytes up to which a reply from sendfile is announced as complete: the pages were there a
+microsecond ago and the socket usually takes it whole. Should the file be truncated just then, only
+hanging up remains. Larger replies end with a chunk of their own, which costs the client two system
+calls, and can still turn into an error."""
 SEND_AT = 160 << 10
 """Bytes of replies after which they are sent, so that the client works while we do."""
 
@@ -76,6 +83,8 @@ class Reads:
         # What the loop of ``serve`` needs, unpacked in one go.
         self._constants = (frame.unpack_from, frame.size, key, int(dialect), head, large)
         self._secure = secure
+        self._longest = disk.block_sizes.maximum
+        self._runs: Sequence[Run] | None = None
         self._window = NO_WINDOW
         self._residency = Residency(NEVER)
         self._cold = -1
@@ -99,7 +108,14 @@ class Reads:
         last = end - size
         while at <= last:
             key, cookie, offset, length = unpack_from(rx, at)
-            if key != read_key or offset < start or offset + length > stop or inline < 0:
+            if key != read_key:
+                break
+            if offset < start or offset + length > stop:
+                sender.used = used
+                if not self._look_for(offset, length):
+                    break
+                start, stop, fd, shift, inline = self._window
+            if inline < 0:
                 break
             if length >= large:
                 sender.used = used
@@ -148,16 +164,17 @@ class Reads:
             return True
         cold, self._cold = self._cold, -1
         start, stop, *_ = self._window
+        self._runs = None
         if at < start or at + length > stop:
-            runs = self._disk.locate(at, length)
-            first = runs[0] if runs else None
-            if first is None or first.length < length:
+            runs = self._runs = self._disk.locate(at, length)
+            if runs is None:
                 return False
-            if not isinstance(first, FileRun):
-                return self._hole(request)
-            self._residency = first.residency
-            inline = first.residency.inline
-            self._window = (at, at + first.length, first.fd, first.position - at, inline)
+            first = runs[0]
+            if first.length < length or not isinstance(first, FileRun):
+                if isinstance(first, ZeroRun) and first.length >= length:
+                    return self._hole(request)
+                return self._assemble(request, runs)
+            self._enter(at, first)
         if cold == at or self._residency.inline == NEVER:
             self._residency.cold()
             return False
@@ -165,12 +182,55 @@ class Reads:
             return self._send_file(request.cookie, at, length)
         return self._copy(request)
 
-    def in_file(self, request: Request) -> tuple[int, int] | None:
-        """File and position of a READ that lies within the window, for a thread to read."""
+    def runs(self, request: Request) -> Sequence[Run] | None:
+        """Where a READ that ``read`` has just declined finds its bytes; None if that is unknown."""
+        if self._runs is not None:
+            return self._runs
         start, stop, fd, shift, _ = self._window
-        if start <= request.offset and request.offset + request.length <= stop:
-            return fd, request.offset + shift
+        at, length = request.offset, request.length
+        if start <= at and at + length <= stop:
+            return (FileRun(fd, at + shift, length, self._residency),)
         return None
+
+    def _look_for(self, offset: int, length: int) -> bool:
+        """Find a window for these bytes; False if there is none, or the request is not in order."""
+        if not 0 < length <= self._longest or offset + length > self._disk.size:
+            return False
+        runs = self._disk.locate(offset, length)
+        if not runs:
+            return False
+        first = runs[0]
+        if first.length < length or not isinstance(first, FileRun):
+            return False
+        self._enter(offset, first)
+        return True
+
+    def _enter(self, at: int, run: FileRun) -> None:
+        fd, position, length, residency = run
+        self._residency = residency
+        self._window = (at, at + length, fd, position - at, residency.inline)
+
+    def _assemble(self, request: Request, runs: Sequence[Run]) -> bool:
+        """A reply of several pieces, if all of them are in memory and the arena has room."""
+        at, length, cookie = request.offset, request.length, request.cookie
+        encoder, sender = self._encoder, self._sender
+        sparse = not (isinstance(encoder, SimpleEncoder) or request.flags & CommandFlag.DF)
+        if sparse and len(runs) > 1 and any(isinstance(run, ZeroRun) for run in runs):
+            return False
+        header = encoder.data_header(cookie, at, at, length, done=True)
+        total = len(header) + length
+        if isinstance(runs[0], RemoteRun) or total > ARENA_SIZE or not sender.make_room(total):
+            return False
+        begin = sender.used + len(header)
+        end = begin + length
+        for run in runs:
+            after = min(begin + run.length, end)
+            if not _in_memory(run, sender.arena[begin:after]):
+                return False
+            begin = after
+        sender.arena[sender.used : sender.used + len(header)] = header
+        sender.used = end
+        return True
 
     def _hole(self, request: Request) -> bool:
         encoder = self._encoder
@@ -217,16 +277,40 @@ class Reads:
         if self._secure or not self._residency.resident(fd, position, length):
             return False
         encoder, sender = self._encoder, self._sender
-        # Not DONE: until the last byte is out, the file may still turn out too short.
-        sender.emit(encoder.data_header(cookie, at, at, length, done=False))
+        done = length <= CERTAIN
+        sender.emit(encoder.data_header(cookie, at, at, length, done=done))
         sent = sender.send_file(fd, position, length)
         if sent == length:
-            if self._dialect != _SIMPLE:
+            if not done and self._dialect != _SIMPLE:
                 sender.emit(encoder.done(cookie, at))
         else:
             left = (fd, position + sent, length - sent)
             name = os.path.basename(self._disk.name)
-            part = FilePart(*left, self._residency, monotonic(), encoder, cookie, at, name)
+            ending = None if done or isinstance(encoder, SimpleEncoder) else encoder
+            part = FilePart(*left, self._residency, monotonic(), ending, cookie, at, name)
             sender.out.add_file(part)
             sender.out.flush()
         return True
+
+
+def _in_memory(run: Run, part: memoryview) -> bool:
+    """Fill ``part`` from the beginning of ``run`` if that needs no waiting."""
+    if isinstance(run, FileRun):
+        inline = run.residency.inline
+        if inline == NEVER:
+            return False
+        try:
+            if os.preadv(run.fd, (part,), run.position, inline) == len(part):
+                return True
+        except OSError:
+            pass
+        run.residency.cold()
+        return False
+    if isinstance(run, BlockRun):
+        block = run.blocks.peek(run.key)
+        if block is None or len(block) < run.skip + len(part):
+            return False
+        part[:] = memoryview(block)[run.skip : run.skip + len(part)]
+        return True
+    part[:] = bytes(len(part))
+    return True

@@ -10,12 +10,13 @@ wire's.
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 from nbdsrv.disk.disk import Disk, read_runs
-from nbdsrv.disk.runs import FileRun, Run
+from nbdsrv.disk.runs import RemoteRun, Run, ZeroRun
 from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.reactor import Reactor
@@ -59,6 +60,7 @@ class SlowRequests:
     ) -> None:
         """``deliver`` sends an answer and becomes the owner of its buffers."""
         self._disk = disk
+        self._name = os.path.basename(disk.name)
         self._workers = reactor.workers
         self._buffers = reactor.buffers
         self._encoder = encoder
@@ -74,14 +76,15 @@ class SlowRequests:
         """Is so much being worked on that no more should be received?"""
         return self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_IN_FLIGHT_BYTES
 
-    def fetch(self, request: Request, fd: int, position: int) -> None:
-        """READ a cold range that lies in a file as it is: a thread, but no task."""
+    def fetch(self, request: Request, runs: Sequence[Run]) -> None:
+        """READ what threads can get and one chunk can carry: a thread, but no task."""
         length = request.length
         header = self._encoder.data_header(
             request.cookie, request.offset, request.offset, length, done=True
         )
         total = len(header) + length
-        if self._fetching >= MAX_READING or not self._buffers.affords(total):
+        busy = self._fetching >= MAX_READING or not self._buffers.affords(total)
+        if busy or not self._one_chunk(request, runs):
             self.start(request, self.read(request))
             return
         self._fetching += 1
@@ -90,19 +93,27 @@ class SlowRequests:
         buffer.data[: len(header)] = header
         view = buffer.data[len(header) : total]
         done = partial(self._fetched, request, buffer, total)
-        self._workers.submit(os.preadv, fd, (view,), position, done=done)
+        self._workers.submit(read_runs, self._disk.name, request.offset, runs, view, done=done)
+
+    def _one_chunk(self, request: Request, runs: Sequence[Run]) -> bool:
+        """Is the answer to be one stretch of data, without holes of its own?"""
+        if isinstance(runs[0], RemoteRun):
+            return False
+        if isinstance(self._encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
+            return True
+        return not any(isinstance(run, ZeroRun) for run in runs)
 
     def _fetched(
         self,
         request: Request,
         buffer: Buffer,
         total: int,
-        count: int | None,
+        _result: None,
         error: BaseException | None,
     ) -> None:
         self._fetching -= 1
         self._end(request)
-        if error is None and count == request.length:
+        if error is None:
             self._deliver([(buffer.view(total), buffer)])
             return
         self._buffers.release(buffer)
@@ -173,9 +184,11 @@ class SlowRequests:
         ]
 
     async def _read_sparse(self, request: Request, buffer: Buffer, encoder: ChunkEncoder) -> Answer:
-        """A chunk per run: data or hole."""
+        """A chunk per stretch of data or hole."""
         cookie, at, good = request.cookie, request.offset, request.length
         runs = await self._disk.runs(at, good)
+        if isinstance(runs[0], RemoteRun):
+            return await self._read_whole(request, buffer)
         view = buffer.view(good)
         failed: DiskError | None = None
         try:
@@ -185,15 +198,15 @@ class SlowRequests:
             good = self._good_length(request, error)
         answer: Answer = []
         start = 0
-        for run in _clip(runs, good):
-            done = failed is None and start + run.length == good
-            if isinstance(run, FileRun):
-                head = encoder.data_header(cookie, at, at + start, run.length, done=done)
-                answer += [(head, None), (view[start : start + run.length], None)]
-            else:
-                hole = encoder.hole(cookie, at, at + start, run.length, done=done)
+        for length, is_hole in _stretches(runs, good):
+            done = failed is None and start + length == good
+            if is_hole:
+                hole = encoder.hole(cookie, at, at + start, length, done=done)
                 answer.append((hole, None))
-            start += run.length
+            else:
+                head = encoder.data_header(cookie, at, at + start, length, done=done)
+                answer += [(head, None), (view[start : start + length], None)]
+            start += length
         if failed is not None:
             answer.append((self.failure(request, failed), None))
         return answer
@@ -267,11 +280,12 @@ class SlowRequests:
         offset = error.offset if isinstance(error, DiskError) else None
         if offset is not None and not request.offset <= offset < request.offset + request.length:
             offset = None
-        # The image by its name only: where things lie on this host is no concern of a client.
-        text = str(error).replace(self._disk.name, os.path.basename(self._disk.name))
+        text = _DIRECTORIES.sub("", str(error).replace(self._disk.name, self._name))
         return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
 
 
+_DIRECTORIES = re.compile(r"\S*/(?=\S)")
+"""Where things lie on this host is no concern of a client; images are told by their names only."""
 _MOVING = frozenset({Command.READ, Command.WRITE})
 _CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 
@@ -283,12 +297,16 @@ def _weight(request: Request) -> int:
     return request.length if request.command in _MOVING else 0
 
 
-def _clip(runs: Sequence[Run], length: int) -> list[Run]:
-    """The runs of exactly ``length`` bytes; the last one may have reached further."""
-    clipped: list[Run] = []
+def _stretches(runs: Sequence[Run], length: int) -> list[tuple[int, bool]]:
+    """(bytes, is it a hole?) of exactly ``length`` bytes; the last run may have reached further."""
+    stretches: list[tuple[int, bool]] = []
     for run in runs:
         if length <= 0:
             break
-        clipped.append(run._replace(length=min(run.length, length)))
+        part, is_hole = min(run.length, length), isinstance(run, ZeroRun)
+        if stretches and stretches[-1][1] is is_hole:
+            stretches[-1] = (stretches[-1][0] + part, is_hole)
+        else:
+            stretches.append((part, is_hole))
         length -= run.length
-    return clipped
+    return stretches

@@ -396,9 +396,9 @@ class Transmission:
     def _read(self, request: Request) -> None:
         if self._reads.read(request):
             return
-        where = self._reads.in_file(request)
-        if where is not None and request.length <= MAX_FETCH:
-            self._slow.fetch(request, *where)
+        runs = self._reads.runs(request)
+        if runs is not None and request.length <= MAX_FETCH:
+            self._slow.fetch(request, runs)
         else:
             self._slow.start(request, self._slow.read(request))
 

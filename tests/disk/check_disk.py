@@ -15,7 +15,7 @@ check_size            ``size`` is exact to the byte; name, format, block sizes, 
 check_reads           ``read_into`` gives golden's bytes: aligned, unaligned, the tail, nothing;
                       no byte beside the buffer is touched
 check_locate          runs start at the offset, cover the length, are never empty, never reach
-                      beyond the disk, and lead to golden's bytes
+                      beyond the disk, and lead to golden's bytes; a RemoteRun stands alone
 check_extents         at least one extent, at most the length asked for, ascending, contiguous,
                       merged; HOLE and ZERO ranges are zero in golden; asking on from where an
                       answer stopped reaches the end; the same byte has the same state however
@@ -46,7 +46,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import pytest
 
 from nbdsrv.disk.disk import Ability, Disk
-from nbdsrv.disk.runs import FileRun, ZeroRun
+from nbdsrv.disk.runs import BlockRun, FileRun, ZeroRun
 from nbdsrv.errors import DiskError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ZERO, ExtentList
@@ -139,6 +139,14 @@ async def _check_runs(disk: Disk, golden: bytes, offset: int, length: int) -> No
             assert os.pread(run.fd, run.length, run.position) == expected, f"wrong {where}"
         elif isinstance(run, ZeroRun):
             assert not any(expected), f"data under {where}"
+        elif isinstance(run, BlockRun):
+            block = await asyncio.to_thread(run.blocks.get, run.key, run.length)
+            assert block[run.skip : run.skip + run.length] == expected, f"wrong {where}"
+        else:
+            assert (at, run.length) == (offset, length), f"not alone: {where}"
+            found = bytearray([POISON]) * run.length
+            await disk.read_into(at, memoryview(found))
+            assert bytes(found) == expected, f"wrong {where}"
         at += run.length
     assert at >= offset + length, f"runs end at {at}, asked for {offset}+{length}"
 

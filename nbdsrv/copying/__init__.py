@@ -1,0 +1,1 @@
+"""Copying a disk into a new image or onto another disk, and comparing two disks."""

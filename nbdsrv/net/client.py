@@ -1,0 +1,422 @@
+"""One connection to one NBD server, in transmission: many requests in flight, answers in any order.
+
+::
+
+    read() write() ... ── _submit ──> queue ── _flush ──> socket      once per turn of the loop
+          ^                                                  |
+          └── Pending, by cookie <── _take <── _readable <───┘
+                    |                            header: into scratch
+                    └── caller's buffer <─────── data: straight from the socket
+
+The wire is ``protocol.connection``'s; this moves its bytes.
+
+Rule: a buffer is touched only while its caller waits. A caller that is cancelled leaves at once: what
+still arrives for it is received into scratch, what is still to be sent of its data is copied.
+"""
+
+import asyncio
+import contextlib
+import errno as os_errno
+import os
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import partial
+
+from nbdsrv.errors import DiskError
+from nbdsrv.net.channel import Channel
+from nbdsrv.net.client_pending import ConnectionLost, Pending, Statuses
+from protocol.answers import Answer, Data, Done, Failed, Hole, Status
+from protocol.connection import ClientConnection
+from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from protocol.incoming import Payload
+from protocol.terms import Negotiated
+
+__all__ = ["Client", "ConnectionLost"]
+
+MAX_IN_FLIGHT = 64
+"""Requests of one connection that await answers; more wait here. Servers work on 16 or so."""
+MAX_IN_FLIGHT_BYTES = 32 << 20
+"""Bytes they move, likewise; a single larger one is let through alone."""
+SCRATCH = 1 << 16
+"""Bytes received at a time where headers and small answers come."""
+HEADER_WINDOW = 256
+"""The same while large answers are due: little of them is then copied."""
+BULKY = 1 << 15
+"""Bytes of a read from which on its data is received in place."""
+DIRECT = 1 << 12
+"""Bytes of a chunk still to come that are worth a system call of their own."""
+RECEIVES = 32
+"""System calls before others have their turn."""
+SMALL = 1 << 12
+"""Pieces to send that are joined rather than sent each on its own."""
+FAREWELL_S = 1.0
+"""Seconds that answers nobody waits for are waited for when closing: some servers take a
+connection reset badly."""
+
+
+class Client:
+    """A connection. Belongs to one event loop; its methods may run concurrently.
+
+    All raise DiskError with the server's errno and words when it refuses, ConnectionLost when the
+    connection dies first. Any may be cancelled; the request is then carried out or not.
+
+    Attributes:
+        terms: what the handshake agreed on.
+        name: the URI, for messages.
+        load: requests that have no answer yet.
+        lost: why the connection is dead, or None.
+        on_lost: called once when it dies, not when it is closed.
+    """
+
+    def __init__(self, channel: Channel, terms: Negotiated, name: str, *, request_s: float) -> None:
+        """Becomes the owner of the channel, whose handshake is complete."""
+        self.terms = terms
+        self.name = name
+        self.load = 0
+        self.lost: str | None = None
+        self.on_lost: Callable[[], None] = lambda: None
+        self._loop = asyncio.get_running_loop()
+        self._channel = channel
+        self._connection = ClientConnection(terms)
+        self._request_s = request_s
+        self._pending: dict[int, Pending] = {}
+        self._bytes = 0
+        self._bulky = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._out: deque[memoryview] = deque()
+        self._flush_due = False
+        self._writing = False
+        self._closed = False
+        self._quiet = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._scratch = memoryview(bytearray(SCRATCH))
+        self._loop.add_reader(channel.fileno(), self._readable)
+
+    @property
+    def usable(self) -> bool:
+        """May requests still be sent?"""
+        return self.lost is None and not self._closed and not self._connection.leaving
+
+    # --- requests ------------------------------------------------------------------------
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, at most ``terms.blocks.maximum`` bytes."""
+        length = len(buffer)
+        pending = self._pend("reading", offset, length)
+        pending.buffer = buffer
+        await self._ask(pending, length, partial(self._connection.read, offset, length))
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Store ``data``, at most ``terms.blocks.maximum`` bytes."""
+        length = len(data)
+        pending = self._pend("writing", offset, length)
+        pending.data = data
+        await self._ask(pending, length, partial(self._connection.write, offset, length))
+
+    async def flush(self) -> None:
+        """All writes that have been answered are durable."""
+        await self._ask(self._pend("flushing", 0, 0), 0, self._connection.flush)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The range is no longer needed."""
+        make = partial(self._connection.trim, offset, length)
+        await self._ask(self._pend("trimming", offset, length), 0, make)
+
+    async def cache(self, offset: int, length: int) -> None:
+        """The range will be read soon."""
+        make = partial(self._connection.cache, offset, length)
+        await self._ask(self._pend("caching", offset, length), 0, make)
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool) -> None:
+        """Make the range read as zeroes."""
+        wishes = {"no_hole": no_hole, "fast": fast}
+        make = partial(self._connection.write_zeroes, offset, length, **wishes)
+        await self._ask(self._pend("zeroing", offset, length), 0, make)
+
+    async def block_status(
+        self, offset: int, length: int, contexts: Collection[int] | None = None
+    ) -> Statuses:
+        """(length, flags) pairs from ``offset`` on by context id; may end early or late."""
+        pending = self._pend("mapping", offset, length)
+        make = partial(self._connection.block_status, offset, length, contexts=contexts)
+        await self._ask(pending, 0, make)
+        return pending.statuses
+
+    def _pend(self, verb: str, offset: int, length: int) -> Pending:
+        what = f"{verb} {length} bytes at {offset}" if length else verb
+        return Pending(what, offset, length, self._loop.create_future())
+
+    async def _ask(
+        self, pending: Pending, moved: int, make: Callable[[], tuple[int, bytes]]
+    ) -> None:
+        """Send one request and wait for the end of its answer."""
+        while self._full(moved):
+            await self._room()
+        cookie, header = self._made(pending, make)
+        self._pending[cookie] = pending
+        pending.moved = moved
+        self._bytes += moved
+        self.load += 1
+        if moved >= BULKY and pending.buffer is not None:
+            self._bulky += 1
+        self._post(header, pending.data)
+        self._start_clock(pending)
+        try:
+            await pending.answered
+        except asyncio.CancelledError:
+            self._abandon(pending)
+            raise
+
+    def _made(self, pending: Pending, make: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
+        if self._closed:
+            raise DiskError(f"{self.name} is closed", os_errno.EBADF, pending.offset)
+        if self.lost is not None:
+            raise ConnectionLost(self.lost, os_errno.ECONNRESET, pending.offset)
+        try:
+            return make()
+        except LocalProtocolError as error:
+            text = f"{self.name}: {error}"
+            if self._connection.leaving:
+                raise ConnectionLost(text, os_errno.ESHUTDOWN, pending.offset) from error
+            raise DiskError(text, os_errno.EINVAL, pending.offset) from error
+
+    # --- room for more -------------------------------------------------------------------
+
+    def _full(self, moved: int) -> bool:
+        if not self.load or not self.usable:
+            return False
+        return self.load >= MAX_IN_FLIGHT or self._bytes + moved > MAX_IN_FLIGHT_BYTES
+
+    async def _room(self) -> None:
+        """Wait until something has been answered."""
+        ready = self._loop.create_future()
+        self._waiting.append(ready)
+        try:
+            await ready
+        except asyncio.CancelledError:
+            if ready.done() and not ready.cancelled():
+                self._wake()  # it was meant for somebody who can use it
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting:
+            ready = self._waiting.popleft()
+            if not ready.done():
+                ready.set_result(None)
+                return
+
+    def _finish(self, pending: Pending) -> None:
+        """Its answer has come or never will."""
+        self.load -= 1
+        self._bytes -= pending.moved
+        if pending.moved >= BULKY and pending.data is None:
+            self._bulky -= 1
+        self._wake()
+
+    def _abandon(self, pending: Pending) -> None:
+        """The caller has gone and takes its memory along."""
+        pending.buffer = None
+        if pending.data is None:
+            return
+        owner = pending.data.obj
+        for at, piece in enumerate(self._out):
+            if piece.obj is owner:
+                self._out[at] = memoryview(bytes(piece))
+
+    # --- the clock -----------------------------------------------------------------------
+
+    def _start_clock(self, pending: Pending) -> None:
+        pending.expires = self._loop.time() + self._request_s
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._request_s, self._look_at_clock)
+
+    def _look_at_clock(self) -> None:
+        """Requests expire in the order they were made."""
+        self._timer = None
+        oldest = next(iter(self._pending.values()), None)
+        if oldest is None:
+            return
+        left = oldest.expires - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look_at_clock)
+        else:
+            text = f"no answer within {self._request_s:g} s ({oldest.what})"
+            self._lose(text, os_errno.ETIMEDOUT)
+
+    # --- sending -------------------------------------------------------------------------
+
+    def _post(self, header: bytes, data: memoryview | None) -> None:
+        """Queue a request; all that are made in this turn of the loop leave together."""
+        self._out.append(memoryview(header))
+        if data is not None:
+            self._out.append(data)
+        if not self._flush_due and not self._writing:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self.lost is not None or self._channel.fileno() < 0:
+            return
+        try:
+            drained = self._send_queue()
+        except OSError as error:
+            self._lose(_reason(error), error.errno or os_errno.EPIPE)
+            return
+        if drained and self._writing:
+            self._loop.remove_writer(self._channel.fileno())
+        elif not drained and not self._writing:
+            self._loop.add_writer(self._channel.fileno(), self._flush)
+        self._writing = not drained
+
+    def _send_queue(self) -> bool:
+        """False if the socket takes no more."""
+        out = self._out
+        while out:
+            piece = _joined(out) if len(out[0]) < SMALL else out.popleft()
+            count = self._channel.send(piece, more=bool(out))
+            if count < len(piece):
+                out.appendleft(piece[count:])
+                return False
+        return True
+
+    # --- receiving -----------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            for _ in range(RECEIVES):
+                if not self._receive():
+                    return
+        except RemoteProtocolError as error:
+            for answer in self._connection.salvaged:
+                self._take(answer)
+            self._lose(str(error), os_errno.EPROTO)
+        except OSError as error:
+            self._lose(_reason(error), error.errno or os_errno.ECONNRESET)
+        else:
+            if self._channel.pending():  # of which polling the socket knows nothing
+                self._loop.call_soon(self._readable)
+
+    def _receive(self) -> bool:
+        """One system call's worth; False if there is nothing more now."""
+        if self.lost is not None or self._channel.fileno() < 0:
+            return False
+        payload = self._connection.payload
+        if payload is not None and payload.length >= DIRECT:
+            return self._receive_payload(payload)
+        view = self._scratch[:HEADER_WINDOW] if self._bulky else self._scratch
+        count = self._channel.receive_into(view)
+        if not count:
+            return self._nothing(count)
+        for answer in self._connection.receive_data(view[:count]):
+            self._take(answer)
+        return True
+
+    def _receive_payload(self, payload: Payload) -> bool:
+        pending = self._pending[payload.cookie]
+        if pending.buffer is None:
+            view = self._scratch[: payload.length]
+        else:
+            at = payload.offset - pending.offset
+            view = pending.buffer[at : at + payload.length]
+        count = self._channel.receive_into(view)
+        if not count:
+            return self._nothing(count)
+        pending.arrived(payload.offset, count)
+        for answer in self._connection.payload_received(count):
+            self._take(answer)
+        return True
+
+    def _nothing(self, count: int | None) -> bool:
+        if count is not None:
+            self._connection.eof()
+            self._lose("the server closed the connection", os_errno.ECONNRESET)
+        return False
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, Done):
+            pending = self._pending.pop(answer.cookie)
+            self._finish(pending)
+            pending.settle(self.name, answer.failure)
+            if not self._pending:
+                self._quiet.set()
+            return
+        pending = self._pending[answer.cookie]
+        if isinstance(answer, Data):
+            pending.take(answer.offset, answer.data)
+        elif isinstance(answer, Hole):
+            pending.take_zeroes(answer.offset, answer.length)
+        elif isinstance(answer, Status):
+            pending.statuses[answer.context_id] = answer.extents
+        elif isinstance(answer, Failed):
+            pending.fail(answer)
+
+    # --- the end -------------------------------------------------------------------------
+
+    def _lose(self, why: str, errno: int) -> None:
+        """The connection is dead: so is every request on it."""
+        if self.lost is not None:
+            return
+        self.lost = f"{self.name}: {why}"
+        self._release()
+        for pending in self._pending.values():
+            self._finish(pending)
+            pending.lose(self.lost, errno)
+        self._pending.clear()
+        self._quiet.set()
+        while self._waiting:
+            self._wake()
+        if not self._closed:
+            self.on_lost()
+
+    def _release(self) -> None:
+        fd = self._channel.fileno()
+        if fd >= 0:
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+            self._channel.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._out.clear()
+
+    async def close(self) -> None:
+        """Say goodbye and close; who still waits for an answer gets an error. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for pending in self._pending.values():
+            pending.lose(f"{self.name} was closed", os_errno.EBADF)
+            self._abandon(pending)
+        while self._waiting:
+            self._wake()
+        try:
+            if self._pending:
+                self._quiet.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FAREWELL_S):
+                        await self._quiet.wait()
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self.lost is not None:
+            return
+        with contextlib.suppress(ProtocolError, OSError):
+            self._out.append(memoryview(self._connection.disconnect()))
+            self._send_queue()
+        self._lose("closed", os_errno.EBADF)
+
+
+def _joined(out: deque[memoryview]) -> memoryview:
+    """The small pieces at the head of the queue as one."""
+    first = out.popleft()
+    if not out or len(out[0]) >= SMALL:
+        return first
+    joined = bytearray(first)
+    while out and len(out[0]) < SMALL and len(joined) < SCRATCH:
+        joined += out.popleft()
+    return memoryview(joined)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

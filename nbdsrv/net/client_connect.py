@@ -1,0 +1,228 @@
+"""From a URI to a connection in transmission: dial, shake hands, upgrade to TLS.
+
+::
+
+    Uri ── dial ──> PlainChannel ── ClientHandshake ──(StartTls)──> Negotiated ──> Client
+
+The state machine is ``protocol.handshake.client``; this moves its bytes. One deadline covers it
+all: a server that accepts and says nothing costs ``Patience.connect_s``.
+"""
+
+import asyncio
+import errno as os_errno
+import os
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+
+from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.net.channel import Channel, PlainChannel, until_readable, until_writable
+from nbdsrv.net.client import Client
+from nbdsrv.net.client_tls import start_tls
+from protocol.constants import Reply
+from protocol.errors import LocalProtocolError, Refused, RemoteProtocolError
+from protocol.handshake.client import ClientHandshake
+from protocol.handshake.client_states import State
+from protocol.handshake.wants import StartTls, TlsPolicy, Wants
+from protocol.terms import Negotiated
+from protocol.uri import Uri
+
+__all__ = ["Patience", "Remote", "connect", "displayed_uri"]
+
+CHUNK = 4096
+"""Bytes read at a time: handshakes are small."""
+BACKLOG_PAUSE_S = 0.02
+"""Before knocking again at a Unix socket whose backlog is full; connect(2) does not wait there."""
+
+ERRNOS: dict[int, int] = {
+    Reply.ERR_UNKNOWN: os_errno.ENOENT,
+    Reply.ERR_POLICY: os_errno.EACCES,
+    Reply.ERR_TLS_REQD: os_errno.EACCES,
+    Reply.ERR_SHUTDOWN: os_errno.ESHUTDOWN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a server is waited for, in seconds.
+
+    Attributes:
+        connect_s: from the first packet to transmission.
+        request_s: from a request to the end of its answer; then the connection is given up.
+        reconnect_s: after a connection was lost, for a new one.
+    """
+
+    connect_s: float = 10.0
+    request_s: float = 60.0
+    reconnect_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Whom to connect to, and how.
+
+    Attributes:
+        context: for TLS; None only where the URI does not demand it.
+        queries: meta contexts to select where the server has them.
+    """
+
+    uri: Uri
+    context: ssl.SSLContext | None = None
+    queries: tuple[str, ...] = ()
+    patience: Patience = Patience()
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return displayed_uri(self.uri)
+
+
+def displayed_uri(uri: Uri) -> str:
+    """The URI without secrets: an export of XCP-ng is named after a session that may do more."""
+    return re.sub(r"(session_id(?:=|%3D))[^&?]*", r"\1***", str(uri), flags=re.IGNORECASE)
+
+
+async def connect(remote: Remote, *, chunked: bool = True) -> Client:
+    """A new connection, in transmission.
+
+    Args:
+        remote: where to.
+        chunked: ask for structured replies and extended headers; without, answers are simple.
+
+    Raises:
+        DiskError: names the URI and the reason.
+    """
+    name = remote.name
+    try:
+        wants = Wants(
+            export=remote.uri.export,
+            tls=TlsPolicy.REQUIRE if remote.uri.tls else TlsPolicy.OFF,
+            structured=chunked,
+            extended=chunked,
+            queries=remote.queries,
+        )
+    except LocalProtocolError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    try:
+        async with asyncio.timeout(remote.patience.connect_s):
+            channel = await _dial(remote.uri)
+            greeting = _Greeting(channel, remote, wants)
+            terms = await greeting.settle()
+    except TimeoutError:
+        text = f"{name}: no answer within {remote.patience.connect_s:g} s"
+        raise DiskError(text, os_errno.ETIMEDOUT) from None
+    except Refused as error:
+        hint = "; use nbds:// for TLS" if error.reply == Reply.ERR_TLS_REQD else ""
+        number = ERRNOS.get(error.reply, os_errno.EIO)
+        raise DiskError(f"{name}: {error}{hint}", number) from error
+    except RemoteProtocolError as error:
+        raise DiskError(f"{name}: {error}", os_errno.EPROTO) from error
+    except OSError as error:
+        number = error.errno or os_errno.EIO
+        reason = os.strerror(number) if error.errno and error.errno > 0 else str(error)
+        raise DiskError(f"{name}: {reason}", abs(number)) from error
+    return Client(greeting.channel, terms, name, request_s=remote.patience.request_s)
+
+
+async def _dial(uri: Uri) -> PlainChannel:
+    if uri.socket is not None:
+        return await _dial_unix(os.fsencode(uri.socket))
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConnectionError(f"host {uri.host}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise ConnectionError(f"host {uri.host}: no host can have this name") from error
+    failed: OSError = ConnectionError(f"host {uri.host} has no address")
+    for family, kind, number, _, address in found:
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            return PlainChannel(sock)
+        except OSError as error:
+            sock.close()
+            failed = error
+        except BaseException:
+            sock.close()
+            raise
+    raise failed
+
+
+async def _dial_unix(path: bytes) -> PlainChannel:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(BACKLOG_PAUSE_S)
+            else:
+                return PlainChannel(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Greeting:
+    """One handshake. Closes its channel unless it comes to terms."""
+
+    def __init__(self, channel: PlainChannel, remote: Remote, wants: Wants) -> None:
+        self.channel: Channel = channel
+        self._remote = remote
+        self._machine = ClientHandshake(wants)
+
+    async def settle(self) -> Negotiated:
+        try:
+            return await self._negotiate()
+        except Refused:
+            await self._say_goodbye()
+            self.channel.close()
+            raise
+        except BaseException:
+            self.channel.close()
+            raise
+
+    async def _negotiate(self) -> Negotiated:
+        machine = self._machine
+        scratch = memoryview(bytearray(CHUNK))
+        while True:
+            await self._send()
+            count = await self._receive(scratch)
+            events = machine.receive_data(scratch[:count]) if count else machine.eof()
+            for event in events:
+                if isinstance(event, StartTls):
+                    await self._upgrade()
+                elif isinstance(event, Negotiated):
+                    return event
+
+    async def _upgrade(self) -> None:
+        context = self._remote.context
+        assert context is not None  # whoever made the Remote saw to it: TLS is asked for by URI
+        assert isinstance(self.channel, PlainChannel)
+        self.channel = await start_tls(self.channel, context, self._remote.uri)
+        self._machine.tls_started()
+
+    async def _say_goodbye(self) -> None:
+        """ABORT, if that still makes sense; its answer is not waited for."""
+        if self._machine.state in {State.IDLE, State.DENIED}:
+            self._machine.abort()
+            try:
+                await self._send()
+            except OSError:
+                return
+
+    async def _send(self) -> None:
+        data = memoryview(self._machine.data_to_send())
+        while data:
+            data = data[self.channel.send(data) :]
+            if data:
+                await until_writable(self.channel.fileno())
+
+    async def _receive(self, scratch: memoryview) -> int:
+        while (count := self.channel.receive_into(scratch)) is None:
+            await until_readable(self.channel.fileno())
+        return count

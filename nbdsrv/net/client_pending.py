@@ -1,0 +1,120 @@
+"""A request of ours that awaits its answer, and where the answer goes.
+
+::
+
+    Data, Hole  ──> buffer      the caller's own; None once the caller has gone
+    Status      ──> statuses
+    Failed      ──> bad         the lowest offset anything failed at
+    Done        ──> settle()    wakes the caller
+"""
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+
+from nbdsrv.errors import DiskError
+from protocol.answers import Failed
+from protocol.constants import Errno
+
+__all__ = ["ConnectionLost", "Pending"]
+
+ZEROES = bytes(1 << 16)
+
+Statuses = dict[int, tuple[tuple[int, int], ...]]
+
+
+class ConnectionLost(DiskError):
+    """The connection died before the answer came: whether the request was carried out is unknown.
+
+    For a read: another connection may be asked.
+    """
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """One request in flight.
+
+    Attributes:
+        what: for messages.
+        offset: bytes, where the request begins.
+        length: bytes.
+        answered: done when the answer is complete.
+        expires: when the answer is overdue, on the loop's clock.
+        moved: bytes it counts for while it is in flight.
+        buffer: what a READ fills, as long as somebody waits for it.
+        data: what a WRITE sends.
+        good: everything before this offset has arrived.
+        bad: the lowest offset the server named an error for.
+        statuses: extents by context id.
+    """
+
+    what: str
+    offset: int
+    length: int
+    answered: "asyncio.Future[None]"
+    expires: float = 0.0
+    moved: int = 0
+    buffer: memoryview | None = None
+    data: memoryview | None = None
+    good: int = field(init=False)
+    bad: int | None = None
+    statuses: Statuses = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.good = self.offset
+
+    def take(self, offset: int, data: memoryview) -> None:
+        """Bytes of the answer; the protocol has checked that they are within the request."""
+        length = len(data)
+        if self.buffer is not None:
+            at = offset - self.offset
+            self.buffer[at : at + length] = data
+        self.arrived(offset, length)
+
+    def take_zeroes(self, offset: int, length: int) -> None:
+        """The same for a hole."""
+        if self.buffer is not None:
+            at = offset - self.offset
+            end = at + length
+            while at < end:
+                count = min(len(ZEROES), end - at)
+                self.buffer[at : at + count] = ZEROES[:count]
+                at += count
+        self.arrived(offset, length)
+
+    def arrived(self, offset: int, length: int) -> None:
+        """Bytes are in the buffer. What comes out of order counts for nothing if there is an error
+        later; servers send in order.
+        """
+        if offset == self.good:
+            self.good += length
+
+    def fail(self, failure: Failed) -> None:
+        """An error chunk with a place in it."""
+        if failure.offset is not None:
+            self.bad = failure.offset if self.bad is None else min(self.bad, failure.offset)
+
+    def settle(self, name: str, failure: Failed | None) -> None:
+        """The answer is complete."""
+        if self.answered.done():
+            return  # nobody waits any more
+        if failure is None:
+            self.answered.set_result(None)
+        else:
+            self.answered.set_exception(self._error(name, failure))
+
+    def lose(self, text: str, errno: int) -> None:
+        """There will be no answer."""
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionLost(text, errno, self.offset))
+
+    def _error(self, name: str, failure: Failed) -> DiskError:
+        """What the server said, with how far the data is good if it is known at all."""
+        offset = self.offset
+        if self.bad is not None and self.buffer is not None:
+            offset = min(self.good, self.bad)
+        number = int(failure.errno)
+        text = f"{name}: {self.what}: the server says: {failure.text or os.strerror(number)}"
+        if failure.errno is Errno.ESHUTDOWN:
+            return ConnectionLost(text, number, offset)
+        return DiskError(text, number, offset)

@@ -1,0 +1,1 @@
+"""Where disks come from that are not files here: other servers and hypervisors."""
