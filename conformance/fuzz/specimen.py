@@ -13,10 +13,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["SECTOR", "Specimen", "guest_content"]
+__all__ = ["KIB", "MIB", "SECTOR", "Mend", "Specimen", "guest_content", "is_bomb_turn", "spread_content"]
 
 SECTOR = 512
 KIB = 1024
+MIB = 1024 * KIB
+BOMB_EVERY = 50
+"""Cases between two bombs: they take long, and there is nothing to vary."""
 
 Mend = Callable[[bytearray], None]
 
@@ -32,6 +35,7 @@ class Specimen:
         source: the SOURCE that opens it, ``{}`` standing for the directory.
         content: what a reader finds in it, or None where only refusal or acceptance matters.
         mend: makes a file's checksums right; called for each mutated file.
+        known: guest data that is in the files besides ``content``, a backing file's for instance.
         bomb: not mutated, only given to the reader: unpacking it carelessly costs everything.
     """
 
@@ -42,13 +46,14 @@ class Specimen:
     content: bytes | None
     mend: Mend | None = None
     bomb: bool = False
+    known: bytes = b""
     _metadata: dict[str, list[int]] = field(default_factory=dict)
 
     def metadata(self, name: str) -> list[int]:
         """Positions of the sectors of a file that are metadata, at least one."""
         if name not in self._metadata:
             data = self.files[name]
-            known = _sectors(self.content or b"")
+            known = _sectors(self.content or b"") | _sectors(self.known)
             found = [
                 at
                 for at in range(0, len(data), SECTOR)
@@ -77,3 +82,16 @@ def guest_content(size: int, seed: int = 1) -> bytes:
             words = b"".join(b"%d %08x\n" % (n, source.randrange(99)) for n in range(length // 10))
             content[at : at + length] = words[:length].ljust(length, b"\n")
     return bytes(content)
+
+
+def spread_content(size: int) -> bytes:
+    """A disk of ``size`` bytes with little data: at both ends and in the middle."""
+    content = bytearray(size)
+    for index, at in enumerate((0, size * 3 // 5, size - 24 * KIB)):
+        content[at : at + 24 * KIB] = guest_content(24 * KIB, seed=index)
+    return bytes(content)
+
+
+def is_bomb_turn(number: int) -> bool:
+    """Is a bomb given in this case, where the format has one?"""
+    return number % BOMB_EVERY == BOMB_EVERY - 1

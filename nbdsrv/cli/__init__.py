@@ -5,6 +5,7 @@ import sys
 import click
 
 from nbdsrv import __version__
+from nbdsrv.cli.copy import copy
 from nbdsrv.cli.image import info, map_
 from nbdsrv.cli.serve import serve
 from nbdsrv.errors import ConfigError, NbdsrvError
@@ -17,13 +18,14 @@ __all__ = ["main"]
 def cli() -> None:
     """Serve disks over NBD, for backup and instant restore of virtual machines.
 
-    SOURCE is an image (disk.img, raw:/path/disk.img); see docs/usage.md.
+    SOURCE is an image (disk.img, vhd:/path/disk.vhd) or an NBD URI; see docs/usage.md.
     """
 
 
 cli.add_command(serve)
 cli.add_command(info)
 cli.add_command(map_)
+cli.add_command(copy)
 
 
 def main() -> None:

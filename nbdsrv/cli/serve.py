@@ -13,6 +13,7 @@ from functools import partial
 import click
 import uvloop
 
+from nbdsrv.cli.running import delivering
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.exports import Catalogue, Export
@@ -206,14 +207,10 @@ def _export(name: str, source: Source, settings: Settings, workers: Workers) -> 
 
 async def _check(catalogue: Catalogue, workers: Workers) -> None:
     """Fail now rather than when the first client comes."""
-    loop = asyncio.get_running_loop()
-    loop.add_reader(workers.fileno(), workers.complete)
-    try:
+    with delivering(workers):
         for export in catalogue:
             await export.acquire()
             await export.release()
-    finally:
-        loop.remove_reader(workers.fileno())
 
 
 def _tls_mode(settings: Settings, catalogue: Catalogue) -> TlsMode:

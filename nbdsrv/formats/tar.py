@@ -5,7 +5,7 @@
     | header | content ......... pad | header | content . pad | 0 | 0 |      units of 512 bytes
                ^ position, size
 
-Understood: POSIX ustar, pax (``path``, ``size``) and GNU (``L`` long names, sizes in base 256, as in
+Understood: POSIX ustar, pax (``path``, ``size``) and GNU (``L`` long names, sizes in base 256, for
 members of 8 GiB and more). Only regular files are members; directories, links and devices have
 no content and are passed over.
 
@@ -135,11 +135,11 @@ def _extension(file: ImageFile, position: int, length: int) -> bytes:
 
 
 def _pax(file: ImageFile, position: int, length: int) -> tuple[str, int]:
-    """``path`` and ``size`` of ``LENGTH KEY=VALUE\\n`` records; "" and -1 where there is none."""
+    """``path`` and ``size`` from lines of ``LENGTH KEY=VALUE``; "" and -1 where there is none."""
     data = _extension(file, position, length)
     name, size, at = "", -1, 0
     for _ in range(MAX_PAX_RECORDS):
-        if not data[at:].strip(b"\0"):
+        if at >= len(data):
             return name, size
         digits = data[at : at + 8].partition(b" ")[0]
         end = at + int(digits) if digits.isdigit() else -1

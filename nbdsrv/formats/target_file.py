@@ -10,9 +10,10 @@ Rules:
 
 * Until ``publish`` nothing exists under the name; what was there before stays there and whole.
 * ``publish`` is durable: the file is synced before it is renamed, its directory after.
-* Everything here blocks and is for threads, but never for two of them at a time, ``store`` excepted.
+* Everything here blocks and is for threads, one at a time; ``store`` for any number of them.
 """
 
+import errno as os_errno
 import os
 import secrets
 import stat
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdsrv.errors import DiskError
+from nbdsrv.formats.writeback import start_writing
 
 __all__ = ["STANDARD_OUTPUT", "TargetFile"]
 
@@ -60,24 +62,31 @@ class TargetFile:
         if os.path.islink(self.path):  # the file is replaced, not the link to it
             self.path = os.path.realpath(self.path)
         directory, name = os.path.split(self.path)
+        self.check()
         try:
-            self._refuse_existing()
             # A name may be 255 bytes long, and ours must not be longer for being temporary.
             short = os.fsdecode(os.fsencode(name)[:200])
             temporary = os.path.join(directory, f".{short}.{secrets.token_hex(4)}.part")
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.fd = os.open(temporary, flags, 0o666)
-        except OSError as error:
-            raise DiskError.from_os(self.path, error) from error
-        except ValueError as error:
-            raise DiskError(f"{self.path!r} is not a file name") from error
+        except (OSError, ValueError) as error:
+            raise _unusable(self.path, error) from error
         self._temporary = temporary
 
-    def _refuse_existing(self) -> None:
+    def check(self) -> None:
+        """May there be such a file? ``open`` asks too; this is for asking before long work.
+
+        Raises:
+            DiskError: no.
+        """
+        if not self.seekable:
+            return
         try:
-            mode = os.lstat(self.path).st_mode
+            mode = os.stat(self.path).st_mode
         except FileNotFoundError:
             return
+        except (OSError, ValueError) as error:
+            raise _unusable(self.path, error) from error
         if not stat.S_ISREG(mode):
             raise DiskError(f"{self.path}: exists and is not a regular file")
         if not self._replace:
@@ -92,10 +101,12 @@ class TargetFile:
                 done += os.pwrite(self.fd, view[done:], position + done)
         except OSError as error:
             raise DiskError.from_os(f"writing {self.path}", error) from error
+        start_writing(self.fd, position, len(view))
 
     def append(self, *parts: memoryview | bytes) -> None:
         """Write ``parts`` behind what has been appended before."""
         left: list[memoryview | bytes] = [part for part in parts if len(part)]
+        start = self.position
         try:
             while left:
                 count = self._write_some(left[:_IOV_MAX])
@@ -103,6 +114,8 @@ class TargetFile:
                 left = _behind(left, count)
         except OSError as error:
             raise DiskError.from_os(f"writing {self._name}", error) from error
+        if self.seekable:
+            start_writing(self.fd, start, self.position - start)
 
     def _write_some(self, parts: Sequence[memoryview | bytes]) -> int:
         if self.seekable:
@@ -150,7 +163,7 @@ class TargetFile:
             except FileExistsError:
                 raise
             except OSError:  # a file system without hard links
-                self._refuse_existing()
+                self.check()
             else:
                 os.unlink(self._temporary)
                 return
@@ -170,6 +183,12 @@ class TargetFile:
     @property
     def _name(self) -> str:
         return self.path if self.seekable else "standard output"
+
+
+def _unusable(path: str, error: OSError | ValueError) -> DiskError:
+    if isinstance(error, OSError):
+        return DiskError.from_os(path, error)
+    return DiskError(f"{path!r} is not a file name", os_errno.EINVAL)  # a NUL byte
 
 
 def _behind(parts: list[memoryview | bytes], count: int) -> list[memoryview | bytes]:

@@ -10,8 +10,8 @@
 
 The wire is ``protocol.connection``'s; this moves its bytes.
 
-Rule: a buffer is touched only while its caller waits. A caller that is cancelled leaves at once: what
-still arrives for it is received into scratch, what is still to be sent of its data is copied.
+Rule: a buffer is touched only while its caller waits. A caller that is cancelled leaves at once:
+what still arrives for it is received into scratch, what is still to be sent of its data is copied.
 """
 
 import asyncio
@@ -65,6 +65,7 @@ class Client:
         name: the URI, for messages.
         load: requests that have no answer yet.
         lost: why the connection is dead, or None.
+        unflushed: for its user: has it carried changes no flush has covered?
         on_lost: called once when it dies, not when it is closed.
     """
 
@@ -74,6 +75,7 @@ class Client:
         self.name = name
         self.load = 0
         self.lost: str | None = None
+        self.unflushed = False
         self.on_lost: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._channel = channel
@@ -165,6 +167,8 @@ class Client:
             await pending.answered
         except asyncio.CancelledError:
             self._abandon(pending)
+            if not pending.answered.cancelled():
+                pending.answered.exception()  # seen: the caller no longer wants it
             raise
 
     def _made(self, pending: Pending, make: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
@@ -294,7 +298,9 @@ class Client:
         except OSError as error:
             self._lose(_reason(error), error.errno or os_errno.ECONNRESET)
         else:
-            if self._channel.pending():  # of which polling the socket knows nothing
+            if (
+                self.lost is None and self._channel.pending()
+            ):  # of which polling the socket knows nothing
                 self._loop.call_soon(self._readable)
 
     def _receive(self) -> bool:
@@ -304,7 +310,9 @@ class Client:
         payload = self._connection.payload
         if payload is not None and payload.length >= DIRECT:
             return self._receive_payload(payload)
-        view = self._scratch[:HEADER_WINDOW] if self._bulky else self._scratch
+        view = self._scratch
+        if self._bulky:
+            view = view[: HEADER_WINDOW + (payload.length if payload is not None else 0)]
         count = self._channel.receive_into(view)
         if not count:
             return self._nothing(count)
