@@ -161,7 +161,7 @@ def _run(options: Options, progress: Progress) -> Report:
     if Part.COLD in options.parts:
         far = image.make(options.cache, "other", size, seed=2)
         run_cold(
-            peers,
+            [peer for peer in peers if peer.takes_part(Part.COLD)],
             path,
             far,
             options.cache,
@@ -172,7 +172,7 @@ def _run(options: Options, progress: Progress) -> Report:
         )
     if Part.IDLE in options.parts:
         run_idle(
-            peers,
+            [peer for peer in peers if peer.takes_part(Part.IDLE)],
             path,
             report,
             progress,

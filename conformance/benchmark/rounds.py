@@ -71,6 +71,8 @@ def _read_group(
     with contextlib.ExitStack() as stack:
         running: dict[Peer, Server] = {}
         for peer in plan.peers:
+            if not peer.takes_part(cells[0].part, cells[0].transport):
+                continue
             with _noting(report, f"{peer}, {cells[0].transport}, round {turn + 1}"):
                 context = serve(peer, cells[0].transport, {"": plan.path})
                 running[peer] = stack.enter_context(context)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from conformance.benchmark.ceiling import compiler, program
 from conformance.benchmark.cells import Peer, Transport
 from conformance.benchmark.report import BenchmarkError
 from conformance.benchmark.tls import Certificates, issue
@@ -111,6 +112,8 @@ def receive(connection: socket.socket, length: int) -> bytes:
 
 
 def installed(peer: Peer) -> bool:
+    if peer is Peer.CEILING:
+        return compiler() is not None
     return peer is Peer.OURS or shutil.which(peer.value) is not None
 
 
@@ -152,6 +155,8 @@ def _start(
     tls = issue(directory) if transport is Transport.TLS else None
     if peer is Peer.OURS:
         command = _nbdsrv(path, port, tls, exports, write=write, connections=connections)
+    elif peer is Peer.CEILING:
+        command = [program(), str(port or path), exports[""], *(["write"] if write else [])]
     elif peer is Peer.NBDKIT:
         command = _nbdkit(path, port, tls, _nbdkit_source(exports, directory), write=write)
     else:

@@ -17,6 +17,9 @@ __all__ = ["Ratio", "Row", "markdown", "rewrite", "rows", "text"]
 IDLE_CORES = 0.02
 """Processor use of waiting servers that is worth a note."""
 
+AT_CEILING = 0.9
+"""Ours over the ceiling's rate from which it is the client that sets the pace."""
+
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 
@@ -43,11 +46,26 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """``yes`` or ``NO``; ``-`` where nothing was to be met or measured."""
+        """``yes`` or ``NO``; ``-`` where nothing was to be met or measured.
+
+        ``client`` where a bar was missed that the ceiling misses too, with us at the ceiling: the
+        client cannot take more, from nobody.
+        """
         barred = [ratio for ratio in self.ratios.values() if ratio.bar is not None]
         if not barred:
             return "-"
-        return "yes" if all(ratio.met for ratio in barred) else "NO"
+        missed = [ratio for ratio in barred if not ratio.met]
+        if not missed:
+            return "yes"
+        return "client" if all(self._beyond_client(ratio) for ratio in missed) else "NO"
+
+    def _beyond_client(self, ratio: Ratio) -> bool:
+        ceiling = self.medians.get(Peer.CEILING)
+        if ceiling is None or ratio.bar is None:
+            return False
+        best = max(ceiling, self.medians[Peer.OURS])
+        ours = self.medians[Peer.OURS]
+        return ours >= AT_CEILING * ceiling and best / self.medians[ratio.peer] < ratio.bar
 
 
 def rows(report: Report) -> list[Row]:
@@ -71,7 +89,7 @@ def _ratios(
     found: dict[Peer, Ratio] = {}
     for peer, theirs in rates.items():
         single = [ours[r] / theirs[r] for r in ours if r in theirs]
-        if peer is not Peer.OURS and single:
+        if peer is not Peer.OURS and single:  # of the ceiling: the part of it that we reach
             value = medians[Peer.OURS] / medians[peer]
             found[peer] = Ratio(peer, value, min(single), max(single), cell.bar(peer))
     return found
@@ -90,7 +108,12 @@ def text(report: Report) -> str:
     missed = [row for row in rows(report) if row.verdict == "NO"]
     barred = [row for row in rows(report) if row.verdict != "-"]
     if barred:
-        parts.append(f"{len(barred) - len(missed)} of {len(barred)} cells meet their bars")
+        limited = sum(row.verdict == "client" for row in barred)
+        met = len(barred) - len(missed) - limited
+        parts.append(
+            f"{met} of {len(barred)} cells meet their bars; in {limited} more the client takes no"
+            " more from the ceiling either"
+        )
     return "\n\n".join(parts)
 
 
