@@ -58,10 +58,8 @@ static void answer(int s, uint32_t option, uint32_t kind, const void *data, uint
 {
     struct __attribute__((packed)) { uint64_t magic; uint32_t option, kind, length; } head = {
         htobe64(0x3e889045565a9ULL), htobe32(option), htobe32(kind), htobe32(length)};
-    give(s, &head, sizeof head, MSG_MORE);
+    give(s, &head, sizeof head, length ? MSG_MORE : 0);
     give(s, data, length, 0);
-    if (!length)
-        give(s, &head, 0, 0);
 }
 
 static int handshake(int s) /* 1: structured replies */

@@ -27,7 +27,9 @@ NEEDS = ("nbdfuse",)
 MOUNT_TIMEOUT_S = 10.0
 
 
-def _fuse(context: Context, server: Server, *options: str) -> tuple[Path, Callable[[], None]]:
+def fuse_mount(
+    context: Context, server: Server, *options: str
+) -> tuple[Path, Callable[[], None]]:
     """Mount the default export as a file; return its path, and what unmounts it."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MissingPeerError("/dev/fuse is not usable")
@@ -71,7 +73,7 @@ def _unmount_fuse(context: Context, mountpoint: Path, process: subprocess.Popen[
 def read_file(context: Context) -> None:
     """The mounted file is the image."""
     image = context.image()
-    path, _ = _fuse(context, context.serve(image), "-r")
+    path, _ = fuse_mount(context, context.serve(image), "-r")
     expect(image.size, path.stat().st_size, "size of the mounted file")
     expect(image.digest(), Image(path, image.size, ()).digest(), "sha256 of the mounted file")
 
@@ -83,20 +85,20 @@ def ext4(context: Context) -> None:
         raise MissingPeerError("loop mounts need root and /dev/loop-control")
     image = context.image(size=64 * MIB, spans=())
     server = context.serve(image, write=True)
-    path, unmount_fuse = _fuse(context, server, "-C", "4")
+    path, unmount_fuse = fuse_mount(context, server, "-C", "4")
     context.run("mkfs.ext4", "-q", "-F", path)
-    mounted = _loop_mount(context, path, "rw")
+    mounted = loop_mount(context, path, "rw")
     wanted = _write_tree(mounted)
     _unmount(context, mounted)
     unmount_fuse()
     server.stop()
     context.run("e2fsck", "-f", "-n", image.path)
-    again = _loop_mount(context, image.path, "ro")
+    again = loop_mount(context, image.path, "ro")
     expect(wanted, _read_tree(again), "files on our image")
     _unmount(context, again)
 
 
-def _loop_mount(context: Context, file: Path, mode: str) -> Path:
+def loop_mount(context: Context, file: Path, mode: str) -> Path:
     """Mount through a loop device that mount(8) picks and the kernel frees on unmount."""
     mountpoint = context.directory / f"mnt-{mode}"
     mountpoint.mkdir()

@@ -1,0 +1,211 @@
+"""One case: open the mutant, read from it everywhere, judge.
+
+What a served mutant has to be, whatever it was mutated into::
+
+    runs       cover what was asked, and lie within the image's files
+    extents    are in order and complete; what they call zero reads as zeroes
+    reads      give the same twice
+    facts      can be printed as JSON
+    the end    no descriptor is left open
+
+A read that fails with a DiskError is as good as a refusal, only later.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.runs import BlockRun, FileRun, RemoteRun, Run, ZeroRun
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import CorruptImage, DiskError, NbdsrvError
+from nbdsrv.export.grammar import parse_source
+from nbdsrv.export.opener import open_source
+
+__all__ = ["FoundError", "Outcome", "examine", "open_descriptors"]
+
+WINDOW = 1 << 20
+"""Bytes read at a time."""
+BEGINNING = 4 << 20
+"""Bytes from the start that are looked at completely: more than the specimens have."""
+MAX_ANSWERS = 200
+"""Block status answers of a window; a mutant may have as many extents as it likes."""
+LONGEST_MESSAGE = 1000
+"""Characters, the directory's name included."""
+MAX_SIZE = 2**63 - 1
+
+_CORRUPT = re.compile(r"corrupt image: .+ at \d+: .+")
+_CORRUPT_CHAIN = re.compile(r"corrupt image: .+(its parent|images in a chain)")
+"""What is wrong with a chain has no offset in one file."""
+
+
+class FoundError(Exception):
+    """The reader did what no reader may do."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a case: ``accepted``, ``refused`` at open, or ``broken`` at some read."""
+
+    verdict: str
+    detail: str = ""
+
+
+async def examine(
+    source: str, names: Sequence[str], workers: Workers, rng: random.Random, content: bytes | None
+) -> Outcome:
+    """Open and read; ``content`` is what must be found, for an image that was not mutated.
+
+    Raises:
+        FoundError: a finding; any other exception is one, too.
+    """
+    descriptors = open_descriptors()
+    try:
+        disk = await open_source(parse_source(source), workers)
+    except NbdsrvError as error:
+        _check_message(error, names)
+        _check_descriptors(descriptors)
+        return Outcome("refused", str(error))
+    try:
+        problem = await _look_around(disk, names, rng, content)
+    finally:
+        await disk.close()
+    _check_descriptors(descriptors)
+    return Outcome("broken", problem) if problem else Outcome("accepted")
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _check_descriptors(before: int) -> None:
+    now = open_descriptors()
+    if now != before:
+        raise FoundError("descriptors", f"{now - before} descriptors are left open")
+
+
+def _check_message(error: NbdsrvError, names: Sequence[str]) -> None:
+    text = str(error)
+    if "\n" in text or not text.isprintable() or not text:
+        raise FoundError("message", f"not one printable line: {text!r}"[:400])
+    if len(text) > LONGEST_MESSAGE:
+        raise FoundError("message", f"{len(text)} characters: {text[:300]}")
+    if not any(name in text for name in names):
+        raise FoundError("message", f"names no file: {text}")
+    if isinstance(error, CorruptImage) and not (
+        _CORRUPT.match(text) or _CORRUPT_CHAIN.match(text)
+    ):
+        raise FoundError("message", f"CorruptImage without an offset: {text}")
+
+
+async def _look_around(
+    disk: Disk, names: Sequence[str], rng: random.Random, content: bytes | None
+) -> str:
+    """The first problem a read met, "" if there was none."""
+    if not 0 <= disk.size <= MAX_SIZE:
+        raise FoundError("size", f"a disk of {disk.size} bytes")
+    json.dumps(dict(disk.facts))
+    if content is not None and disk.size != len(content):
+        raise FoundError("content", f"{disk.size} bytes instead of {len(content)}")
+    problem = ""
+    places: list[tuple[int, int, int]] = []
+    for offset, length in _windows(disk.size, rng):
+        try:
+            await _look(disk, offset, length, content, places if offset < BEGINNING else [])
+        except DiskError as error:
+            _check_message(error, names)
+            problem = problem or str(error)
+    _check_overlaps(places)
+    return problem
+
+
+def _check_overlaps(places: list[tuple[int, int, int]]) -> None:
+    """No two ranges of the disk may be the same bytes of a file; (inode, start, end) each."""
+    places.sort()
+    for (inode, start, end), (other, begin, stop) in pairwise(places):
+        if inode == other and begin < end:
+            raise FoundError("overlap", f"{start}..{end} and {begin}..{stop} of a file")
+
+
+def _windows(size: int, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Ranges to look at: all of the beginning, the end, and a few between."""
+    for offset in range(0, min(size, BEGINNING), WINDOW):
+        yield offset, min(WINDOW, size - offset)
+    if size > BEGINNING:
+        yield max(BEGINNING, size - 70_001), min(70_001, size - BEGINNING)
+        for _ in range(4):
+            offset = rng.randrange(BEGINNING, size)
+            yield offset, min(rng.choice((1, 4096, 70_001)), size - offset)
+
+
+async def _look(
+    disk: Disk,
+    offset: int,
+    length: int,
+    content: bytes | None,
+    places: list[tuple[int, int, int]],
+) -> None:
+    extents = await _extents(disk, offset, length)
+    for context in disk.contexts:
+        await disk.status(context, offset, length)
+    runs = await disk.runs(offset, length)
+    _check_runs(runs, length, places)
+    first, second = bytearray(length), bytearray(length)
+    await disk.read_into(offset, memoryview(first))
+    await disk.read_into(offset, memoryview(second))
+    if first != second:
+        raise FoundError("unstable", f"two reads of {length} bytes at {offset} differ")
+    for start, end, flags in extents:
+        # Counted: any() would go through them one by one.
+        if flags & 2 and first.count(0, start - offset, end - offset) != end - start:
+            raise FoundError("zero", f"{start}..{end} is called zero and is not")
+    if content is not None and first != content[offset : offset + length]:
+        differing = next(i for i in range(length) if first[i] != content[offset + i])
+        raise FoundError("content", f"wrong bytes from {offset + differing} on")
+
+
+async def _extents(disk: Disk, offset: int, length: int) -> list[tuple[int, int, int]]:
+    found = []
+    at, end = offset, offset + length
+    for _ in range(MAX_ANSWERS):
+        if at >= end:
+            break
+        answer = await disk.extents(at, end - at)
+        for start, span, flags in answer.ranges():
+            if start != at or start + span > end:
+                raise FoundError("extents", f"{span} bytes at {start}, asked for {at}..{end}")
+            found.append((start, start + span, flags))
+            at = start + span
+    return found
+
+
+def _check_runs(
+    runs: Sequence[Run], length: int, places: list[tuple[int, int, int]]
+) -> None:
+    covered = 0
+    for run in runs:
+        if run.length < 1:
+            raise FoundError("runs", f"an empty run: {run}")
+        covered += run.length
+        if isinstance(run, FileRun):
+            info = os.fstat(run.fd)
+            size = info.st_size
+            # The part that was asked for; a run may promise more than anybody will read.
+            wanted = run.length - max(0, covered - length)
+            if run.position < 0 or run.position + wanted > size:
+                text = f"{wanted} bytes at {run.position} of a file of {size} bytes"
+                raise FoundError("outside", text)
+            places.append((info.st_ino, run.position, run.position + wanted))
+        elif not isinstance(run, ZeroRun | BlockRun | RemoteRun):
+            raise FoundError("runs", f"no run: {run!r}")
+    if covered < length:
+        raise FoundError("runs", f"{covered} bytes of {length}")

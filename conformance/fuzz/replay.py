@@ -1,0 +1,46 @@
+"""A finding that was kept, once more, in this process: for a debugger and after a fix."""
+
+import asyncio
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+import uvloop
+
+from conformance.fuzz.examine import FoundError, examine
+from nbdsrv.disk.workers import Workers
+
+__all__ = ["replay"]
+
+
+def replay(kept: Path) -> int:
+    """Judge the image in a finding's directory again; an exit code. Exceptions are let through."""
+    record = json.loads((kept / "finding.json").read_text())
+    with tempfile.TemporaryDirectory(prefix="nbdsrv-replay-") as scratch:
+        directory = Path(scratch) / "case"
+        # A mutant may be sparse and huge: linked, not copied.
+        shutil.copytree(kept, directory, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
+        names = [path.name for path in directory.iterdir()]
+        source = record["source"].replace("{}", str(directory))
+        try:
+            outcome = uvloop.run(_examine(source, names))
+        except FoundError as error:
+            click.echo(f"{error.kind}: {error}")
+            return 1
+    click.echo(f"{outcome[0]} {outcome[1]}")
+    return 0
+
+
+async def _examine(source: str, names: list[str]) -> tuple[str, str]:
+    loop = asyncio.get_running_loop()
+    workers = Workers()
+    loop.add_reader(workers.fileno(), workers.complete)
+    try:
+        outcome = await examine(source, names, workers, random.Random(0), None)
+    finally:
+        loop.remove_reader(workers.fileno())
+        workers.close()
+    return outcome.verdict, outcome.detail
