@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_VIEWS = 512
 """Buffers in one pwritev; the kernel's IOV_MAX is 1024."""
+LONG = 1 << 16
+"""Bytes of a request from which moving it costs more than receiving it apart from the next."""
 STREAK_S = 0.02
 """Seconds a thread keeps a connection; other clients may be waiting for a thread."""
 SPIN_S = 0.00005
@@ -212,7 +214,9 @@ class Writes:
             if at + wanted > RECEIVE_SIZE or at == end:
                 rx[: end - at] = rx[at:end]
                 at, end = 0, end - at
-            while (count := receive_into(rx[end:])) is None:
+            # Of what follows a long write only the header: the rest would have to be moved.
+            room = at + wanted + self._frame.size if wanted > LONG else RECEIVE_SIZE
+            while (count := receive_into(rx[end:room])) is None:
                 if perf_counter() > ends:
                     return at, end
             if not count:
