@@ -30,6 +30,8 @@ MODULES = (
     "conformance.programs.formats",
     "conformance.programs.chains",
     "conformance.programs.containers",
+    "conformance.programs.copying",
+    "conformance.programs.writable",
     "conformance.programs.fio",
     "conformance.programs.nbd_client",
     "conformance.programs.xen_orchestra",

@@ -180,6 +180,11 @@ class Server:
             process.send_signal(signal.SIGTERM)
         self.wait()
 
+    def kill(self) -> None:
+        """SIGKILL, as a crash; nothing is judged, now or when the check is over."""
+        kill_group(self._running())
+        self._process = None
+
     def wait(self) -> None:
         """Wait for its end and judge it, as :meth:`stop` does."""
         process = self._running()

@@ -61,15 +61,22 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 QEMU_NAMES = {"vhd": "vpc"}
 
+WITHOUT_MAP = {"vhdx"}
+"""Formats of which qemu-img 7.2 says no more than that all of it is data."""
 
-def _image(context: Context, form: str, options: str, *flags: str) -> None:
+LOOKED_THROUGH = {"preallocated", "static"}
+"""Of what these have allocated, QEMU asks the host's file system where holes are; we call it data."""
+
+
+def _image(context: Context, form: str, feature: str, options: str, *flags: str) -> None:
     qemu = QEMU_NAMES.get(form, form)
     path = Golden(context).convert(qemu, f"disk.{form}", options, *flags)
     server = served(context, path)
     expect_same_content(context, server, read_back(context, path, qemu))
     words = ("-f", "raw", "-F", qemu, server.uri(), path)
     expect_in("identical", context.run("qemu-img", "compare", *words).stdout, "compare")
-    expect_same_map(context, path, qemu)
+    if form not in WITHOUT_MAP and feature not in LOOKED_THROUGH:
+        expect_same_map(context, path, qemu)
 
 
 def _register() -> None:
@@ -79,10 +86,11 @@ def _register() -> None:
             def run(
                 context: Context,
                 form: str = form,
+                feature: str = feature,
                 options: str = options,
                 flags: tuple[str, ...] = tuple(flags),
             ) -> None:
-                _image(context, form, options, *flags)
+                _image(context, form, feature, options, *flags)
 
             check(form, feature, needs=NEEDS)(run)
 

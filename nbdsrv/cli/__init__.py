@@ -5,6 +5,7 @@ import sys
 import click
 
 from nbdsrv import __version__
+from nbdsrv.cli.compare import compare
 from nbdsrv.cli.copy import copy
 from nbdsrv.cli.image import info, map_
 from nbdsrv.cli.serve import serve
@@ -26,6 +27,7 @@ cli.add_command(serve)
 cli.add_command(info)
 cli.add_command(map_)
 cli.add_command(copy)
+cli.add_command(compare)
 
 
 def main() -> None:

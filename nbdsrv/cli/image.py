@@ -1,78 +1,64 @@
 """``nbdsrv info`` and ``nbdsrv map``: what a SOURCE is, and where its data lies."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import click
 import uvloop
 
+from nbdsrv.cli.layout import allocation_rows, extents, state
+from nbdsrv.cli.running import opened, running_workers
+from nbdsrv.cli.words import human
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError
-from nbdsrv.export.grammar import parse_source
-from nbdsrv.export.opener import open_source
 from protocol.contexts import ALLOCATION
-from protocol.extents import ExtentList
 
 __all__ = ["info", "map_"]
 
 T = TypeVar("T")
-STEP = 1 << 40
-"""Bytes asked about at a time."""
 
 
 @click.command()
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(source: str, *, as_json: bool) -> None:
-    """Describe SOURCE: format, size in bytes, allocation, block sizes, meta contexts."""
+    """Describe SOURCE: format, size in bytes, allocation, its chain of backing images."""
     _print_info(_with_disk(source, _describe), as_json=as_json)
 
 
 @click.command(name="map")
 @click.argument("source")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in qemu-img's shape.")
 @click.option("--context", default=ALLOCATION, show_default=True, help="Meta context to show.")
 def map_(source: str, *, as_json: bool, context: str) -> None:
     """Print the extents of SOURCE: offset and length in bytes, and their state."""
-    rows = _with_disk(source, lambda disk: _extents(disk, context))
     if as_json:
-        click.echo(json.dumps([_row(context, *row) for row in rows]))
+        click.echo(json.dumps(_with_disk(source, lambda disk: _json_rows(disk, context))))
         return
-    for offset, length, flags in rows:
-        click.echo(f"{offset:>16} {length:>16}  {_name(context, flags)}")
+    for offset, length, flags in _with_disk(source, lambda disk: extents(disk, context)):
+        click.echo(f"{offset:>16} {length:>16}  {state(context, flags)}")
+
+
+async def _json_rows(disk: Disk, context: str) -> list[dict[str, Any]]:
+    if context == ALLOCATION:
+        return await allocation_rows(disk)
+    return [
+        {"start": start, "length": length, "type": flags, "description": state(context, flags)}
+        for start, length, flags in await extents(disk, context)
+    ]
 
 
 def _with_disk(source: str, work: Callable[[Disk], Awaitable[T]]) -> T:
     async def run() -> T:
-        async with _opened(source) as disk:
+        async with running_workers() as workers, opened(source, workers) as disk:
             return await work(disk)
 
     return uvloop.run(run())
 
 
-@asynccontextmanager
-async def _opened(text: str) -> AsyncIterator[Disk]:
-    loop = asyncio.get_running_loop()
-    workers = Workers()
-    loop.add_reader(workers.fileno(), workers.complete)
-    try:
-        disk = await open_source(parse_source(text), workers)
-        try:
-            yield disk
-        finally:
-            await disk.close()
-    finally:
-        loop.remove_reader(workers.fileno())
-        workers.close()
-
-
 async def _describe(disk: Disk) -> dict[str, Any]:
     data = zero = hole = 0
-    for _, length, flags in await _extents(disk, ALLOCATION):
+    for _, length, flags in await extents(disk, ALLOCATION):
         if not flags:
             data += length
         elif flags & 1:
@@ -80,7 +66,7 @@ async def _describe(disk: Disk) -> dict[str, Any]:
         else:
             zero += length
     sizes = disk.block_sizes
-    return {
+    facts: dict[str, Any] = {
         "source": disk.name,
         "format": disk.format,
         "size": disk.size,
@@ -94,6 +80,24 @@ async def _describe(disk: Disk) -> dict[str, Any]:
         },
         "contexts": list(disk.contexts),
     }
+    if disk.facts:
+        facts["details"] = dict(disk.facts)
+    if disk.backing is not None:
+        facts["backing"] = _chain_below(disk)
+    return facts
+
+
+def _chain_below(disk: Disk) -> list[dict[str, Any]]:
+    """The images below, the nearest first."""
+    chain = []
+    below = disk.backing
+    while below is not None:
+        row: dict[str, Any] = {"name": below.name, "format": below.format, "size": below.size}
+        if below.facts:
+            row["details"] = dict(below.facts)
+        chain.append(row)
+        below = below.backing
+    return chain
 
 
 def _print_info(facts: dict[str, Any], *, as_json: bool) -> None:
@@ -101,49 +105,28 @@ def _print_info(facts: dict[str, Any], *, as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     for key, value in facts.items():
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{name} {number}" for name, number in value.items())
-        elif isinstance(value, list):
-            shown = ", ".join(value)
-        elif isinstance(value, int):
-            shown = f"{value} ({_human(value)})"
-        click.echo(f"{key.replace('_', ' '):12} {shown}")
+        if key == "details":
+            _print_details(value)
+        elif key == "backing":
+            for below in value:
+                size = f"{below['size']} ({human(below['size'])})"
+                click.echo(f"{'backing':12} {below['name']}: {below['format']}, {size}")
+        else:
+            click.echo(f"{key.replace('_', ' '):12} {_shown(value)}")
 
 
-async def _extents(disk: Disk, context: str) -> list[tuple[int, int, int]]:
-    if context not in disk.contexts:
-        known = ", ".join(disk.contexts)
-        raise ConfigError(f"{disk.name} has no context {context}; it has {known}")
-    extents: list[tuple[int, int]] = []
-    offset = 0
-    while offset < disk.size:
-        found = await disk.status(context, offset, min(STEP, disk.size - offset))
-        extents += [(extent.length, extent.flags) for extent in found]
-        offset = found.end
-    return list(ExtentList(0, extents).ranges())
+def _print_details(details: dict[str, Any]) -> None:
+    for key, value in details.items():
+        click.echo(f"  {key.replace('_', ' ')}: {_shown(value, units=False)}")
 
 
-def _name(context: str, flags: int) -> str:
-    if context != ALLOCATION:
-        return str(flags)
-    return {0: "data", 2: "zero", 3: "hole"}.get(flags, str(flags))
-
-
-def _row(context: str, offset: int, length: int, flags: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"offset": offset, "length": length, "type": flags}
-    row["description"] = _name(context, flags)
-    if context == ALLOCATION:
-        # The keys of `qemu-img map --output=json`, so that its readers can read ours.
-        row |= {"start": offset, "data": not flags, "zero": bool(flags & 2), "depth": 0}
-        row["present"] = not flags & 1
-    return row
-
-
-def _human(size: int) -> str:
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if amount < 1024 or unit == "PiB":
-            break
-        amount /= 1024
-    return f"{amount:.4g} {unit}"
+def _shown(value: object, *, units: bool = True) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(each, units=False)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(each, units=False) for each in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and units:
+        return f"{value} ({human(value)})"
+    return str(value)

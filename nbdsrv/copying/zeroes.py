@@ -12,7 +12,7 @@ bytes: a memoryview compares forty times slower.
 
 from collections.abc import Iterator
 
-__all__ = ["is_zero", "split"]
+__all__ = ["first_nonzero", "is_zero", "split"]
 
 _ZEROES = memoryview(bytes(1 << 21))
 
@@ -29,6 +29,19 @@ def is_zero(block: bytearray | bytes, start: int, end: int) -> bool:
     if block[start]:  # most data says so at once
         return False
     return block.startswith(_ZEROES[: end - start], start)
+
+
+def first_nonzero(block: bytearray | bytes, start: int, end: int) -> int | None:
+    """Where in [start, end) the first byte is that is not zero; None if all are."""
+    if is_zero(block, start, end):
+        return None
+    while end - start > 1:
+        middle = (start + end) // 2
+        if is_zero(block, start, middle):
+            start = middle
+        else:
+            end = middle
+    return start
 
 
 def split(block: bytearray, length: int, unit: int) -> Iterator[tuple[int, int, bool]]:

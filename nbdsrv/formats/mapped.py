@@ -29,7 +29,7 @@ Rule: ZERO and ABSENT differ. A cluster zeroed in an overlay hides what lies bel
 import asyncio
 from abc import abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -277,12 +277,16 @@ class MappedDisk(Disk):
             if generation == self._generation:
                 for number, page in pages:
                     self._keep(number, page)
+                for number in numbers:
+                    if number in self._pages:
+                        self._pages.move_to_end(number)  # what is wanted now goes last
+                self._evict()
 
     def _read_pages(
         self, wanted: Sequence[int], ahead: Sequence[int]
     ) -> Sequence[tuple[int, Page]]:
-        """In a thread. The wanted ones come last: what is kept last stays longest."""
-        pages = deque((number, self._read_one(number)) for number in wanted)
+        """In a thread."""
+        pages = [(number, self._read_one(number)) for number in wanted]
         segments = sum(len(page.starts) for _, page in pages)
         for number in ahead:
             if segments > AHEAD_SEGMENTS or number * self.page_span >= self.size:
@@ -292,7 +296,7 @@ class MappedDisk(Disk):
             except DiskError:
                 break  # somebody who wants it will be told
             segments += len(page.starts)
-            pages.appendleft((number, page))
+            pages.append((number, page))
         return pages
 
     def _read_one(self, number: int) -> Page:
@@ -310,6 +314,9 @@ class MappedDisk(Disk):
             self._segments -= len(old.starts)
         pages[number] = page
         self._segments += len(page.starts)
+
+    def _evict(self) -> None:
+        pages = self._pages
         while self._segments > MAX_SEGMENTS and len(pages) > 1:
             _, oldest = pages.popitem(last=False)
             self._segments -= len(oldest.starts)

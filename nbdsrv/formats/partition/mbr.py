@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.formats.partition.structs import MBR_SIZE, Mbr, MbrEntry
+from nbdsrv.formats.partition.structs import MBR_SIZE, Mbr
 from nbdsrv.formats.partition.terms import Partition, corrupt, read
 
 __all__ = ["PROTECTIVE", "MbrSlot", "mbr_partitions", "parse_mbr"]
@@ -28,6 +28,7 @@ EXTENDED = frozenset({0x05, 0x0F, 0x85})
 PROTECTIVE = 0xEE
 """The type that says: look for a GPT."""
 ENTRIES_AT = 446
+ENTRY_SIZE = 16
 MAX_LOGICAL = 124
 """Logical partitions followed: a SOURCE can name 128 in all. Each one is a read."""
 
@@ -37,17 +38,17 @@ class MbrSlot(NamedTuple):
 
     kind: int
     start: int
-    count: int
+    sectors: int
 
     @property
     def empty(self) -> bool:
         """Does it say nothing?"""
-        return not self.kind or not self.count
+        return not self.kind or not self.sectors
 
     @property
     def extended(self) -> bool:
         """Does it hold logical partitions?"""
-        return self.kind in EXTENDED and self.count > 0
+        return self.kind in EXTENDED and self.sectors > 0
 
 
 def parse_mbr(sector: bytes) -> Sequence[MbrSlot] | None:
@@ -62,9 +63,7 @@ def parse_mbr(sector: bytes) -> Sequence[MbrSlot] | None:
     return [MbrSlot(entry.kind, entry.start, entry.count) for entry in table.entries]
 
 
-async def mbr_partitions(
-    disk: Disk, slots: Sequence[MbrSlot], sector_size: int
-) -> list[Partition]:
+async def mbr_partitions(disk: Disk, slots: Sequence[MbrSlot], sector_size: int) -> list[Partition]:
     """All partitions, the logical ones last.
 
     Raises:
@@ -109,13 +108,11 @@ async def _follow(
         seen.add(at)
 
 
-def _partition(
-    number: int, slot: MbrSlot, base: int, entry_at: int, sector_size: int
-) -> Partition:
+def _partition(number: int, slot: MbrSlot, base: int, entry_at: int, sector_size: int) -> Partition:
     return Partition(
         number=number,
         offset=base + slot.start * sector_size,
-        length=slot.count * sector_size,
+        length=slot.sectors * sector_size,
         kind=f"{slot.kind:#04x}",
         name="",
         entry=entry_at,
@@ -124,4 +121,4 @@ def _partition(
 
 
 def _entry_at(record: int, index: int) -> int:
-    return record + ENTRIES_AT + index * MbrEntry.sizeof()
+    return record + ENTRIES_AT + index * ENTRY_SIZE

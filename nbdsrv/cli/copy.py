@@ -1,0 +1,203 @@
+"""``nbdsrv copy``: a disk into a new image, or onto a disk that is there."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import uvloop
+
+from nbdsrv.cli.running import opened, running_workers
+from nbdsrv.cli.words import human
+from nbdsrv.copying.engine import Copy, Outcome
+from nbdsrv.copying.progress import progress
+from nbdsrv.copying.target import WRITTEN, Place, Target, parse_target
+from nbdsrv.copying.writers import (
+    Compression,
+    Making,
+    check_making,
+    image_writer,
+    open_in_place,
+)
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.formats.opening import Opening, open_image
+from nbdsrv.formats.writer import ImageWriter
+
+__all__ = ["copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the command line asked for."""
+
+    source: str
+    target: Target
+    making: Making
+    connections: int | None
+    quiet: bool
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--to", type=click.Choice(WRITTEN), help="Format of TARGET.")
+@click.option("--compress", metavar="METHOD[:LEVEL]", help="zlib, zstd or none.")
+@click.option(
+    "--backing",
+    default="",
+    metavar="FILE",
+    help="Make a qcow2 image that holds only what differs from FILE.",
+)
+@click.option(
+    "--connections", type=click.IntRange(1, 64), help="To an NBD server, at most.  [default: 4]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
+@click.option("--quiet", is_flag=True, help="Show no progress and print nothing.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+def copy(
+    source: str,
+    target: str,
+    *,
+    to: str | None,
+    compress: str | None,
+    backing: str,
+    connections: int | None,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+) -> None:
+    """Copy SOURCE to TARGET.
+
+    TARGET is a new image (disk.qcow2, vhd:/path), standard output (- or vmdk:-), a block device or
+    an NBD URI; the latter two are overwritten as they are. A new image appears under its name once
+    it is complete; until then, and after an error, there is none.
+    """
+    compression = Compression.parse(compress) if compress else None
+    making = Making(compression, backing, force)
+    order = Order(source, parse_target(target, to), making, connections, quiet)
+    check_making(order.target, making)
+    if order.target.place is Place.PIPE and sys.stdout.isatty():
+        raise ConfigError(f"{target}: standard output is a terminal; redirect it")
+    began = time.monotonic()
+    outcome = uvloop.run(_interruptible(order))
+    _report(order, outcome, time.monotonic() - began, as_json=as_json)
+
+
+def _report(order: Order, outcome: Outcome, duration: float, *, as_json: bool) -> None:
+    # The image itself may be what standard output carries.
+    aside = order.target.place is Place.PIPE
+    if as_json:
+        facts: dict[str, Any] = {
+            "source": order.source,
+            "target": order.target.text,
+            "format": order.target.format,
+            "size": outcome.size,
+            "data_bytes": outcome.data,
+            "zero_bytes": outcome.zero,
+            "written_bytes": outcome.written,
+            "duration_s": round(duration, 3),
+        }
+        click.echo(json.dumps(facts), err=aside)
+    elif not order.quiet:
+        rate = human(int(outcome.data / max(duration, 1e-3)))
+        click.echo(
+            f"{order.target.text}: {human(outcome.size)}, {human(outcome.written)} of it written,"
+            f" in {duration:.1f} s ({rate}/s)",
+            err=aside,
+        )
+
+
+async def _interruptible(order: Order) -> Outcome:
+    """Copy; a signal to stop cleans up first."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    told: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        if not told:  # once is enough: cleaning up must not be interrupted
+            told.append(number)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if order.target.place is Place.PIPE:
+            # Nothing to clean up, and a thread may hang in a write that nobody reads.
+            signal.signal(number, signal.SIG_DFL)
+        else:
+            loop.add_signal_handler(number, stop, number)
+    try:
+        return await _copy(order)
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        left = "is incomplete" if order.target.in_place else "was not made"
+        raise DiskError(f"stopped by {told[0].name}: {order.target.text} {left}") from None
+
+
+async def _copy(order: Order) -> Outcome:
+    target = order.target
+    with progress(os.path.basename(target.text), quiet=order.quiet) as advance:
+        async with (
+            running_workers() as workers,
+            opened(order.source, workers, connections=order.connections) as source,
+            _base(order, workers) as base,
+        ):
+            _refuse_itself(order)
+            async with _writer(order, workers, base) as writer:
+                work = Copy(source, writer, workers, base=base, advance=advance)
+                return await work.run()
+
+
+@asynccontextmanager
+async def _base(order: Order, workers: Workers) -> AsyncIterator[Disk | None]:
+    if not order.making.backing:
+        yield None
+        return
+    base = await open_image(order.making.backing, "", Opening(workers))
+    try:
+        yield base
+    finally:
+        await base.close()
+
+
+@asynccontextmanager
+async def _writer(order: Order, workers: Workers, base: Disk | None) -> AsyncIterator[ImageWriter]:
+    if not order.target.in_place:
+        yield await workers.look_up(image_writer, order.target, order.making, workers, base)
+        return
+    disk, writer = await open_in_place(order.target, workers, order.connections)
+    try:
+        yield writer
+    finally:
+        await disk.close()
+
+
+def _refuse_itself(order: Order) -> None:
+    """The source, or an image it is made of, must not be the target.
+
+    They are open by now: so the target must not be among the files that this process has open.
+    """
+    target = order.target
+    if target.place is Place.NBD and order.source == target.text:
+        raise ConfigError(f"{target.text}: is SOURCE itself")
+    if target.place not in {Place.FILE, Place.DEVICE}:
+        return
+    try:
+        wanted = os.stat(target.location)
+    except (OSError, ValueError):
+        return
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found = os.stat(f"/proc/self/fd/{name}")
+            if int(name) > 2 and os.path.samestat(found, wanted):
+                raise ConfigError(f"{target.text}: SOURCE is read from it; choose another TARGET")

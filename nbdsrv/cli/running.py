@@ -1,0 +1,52 @@
+"""An event loop and threads for the time of one command."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.workers import Workers
+from nbdsrv.export.grammar import Kind, parse_source
+from nbdsrv.export.opener import open_source
+
+__all__ = ["delivering", "opened", "running_workers"]
+
+
+@contextmanager
+def delivering(workers: Workers) -> Iterator[None]:
+    """What threads have done reaches the running loop, without a server's reactor."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(workers.fileno(), workers.complete)
+    try:
+        yield
+    finally:
+        loop.remove_reader(workers.fileno())
+
+
+@asynccontextmanager
+async def running_workers() -> AsyncIterator[Workers]:
+    """Threads until the end of the block."""
+    workers = Workers()
+    try:
+        with delivering(workers):
+            yield workers
+    finally:
+        workers.close()
+
+
+@asynccontextmanager
+async def opened(
+    text: str, workers: Workers, *, connections: int | None = None
+) -> AsyncIterator[Disk]:
+    """The disk a SOURCE names, until the end of the block; to an NBD server ``connections``."""
+    source = parse_source(text)
+    if connections and source.kind is Kind.NBD and source.partition is None:
+        from nbdsrv.source.nbd import open_nbd
+
+        disk: Disk = await open_nbd(source.location, workers, connections=connections)
+    else:
+        disk = await open_source(source, workers)
+    try:
+        yield disk
+    finally:
+        await disk.close()

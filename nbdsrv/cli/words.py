@@ -1,0 +1,13 @@
+"""Numbers as people read them."""
+
+__all__ = ["human"]
+
+
+def human(size: int) -> str:
+    """Bytes with a binary unit, four digits."""
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if amount < 1024 or unit == "PiB":
+            break
+        amount /= 1024
+    return f"{amount:.4g} {unit}"

@@ -1,0 +1,79 @@
+"""Buffers that go round, and filling them from a Disk: what copying and comparing have in common.
+
+Rule: a buffer is a bytearray and is looked at as one; its memoryview is only for filling it and for
+handing pieces on (comparing through a memoryview is forty times slower).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from nbdsrv.disk.disk import Disk, read_runs
+from nbdsrv.disk.runs import RemoteRun
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
+
+__all__ = ["PIECE", "Lender", "read_piece"]
+
+T = TypeVar("T")
+
+PIECE = 2 << 20
+"""Bytes read at a time: a block of a VHD, and what still fits a processor's cache with its copy."""
+
+
+class Lender:
+    """``count`` buffers of ``size`` bytes; who asks for one more waits."""
+
+    def __init__(self, count: int, size: int = PIECE) -> None:
+        self._free: asyncio.LifoQueue[bytearray | None] = asyncio.LifoQueue()
+        self._size = size
+        for _ in range(count):
+            self._free.put_nowait(None)
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[bytearray]:
+        """A buffer until the end of the block; the one given back last, it is warmest."""
+        buffer = await self.take()
+        try:
+            yield buffer
+        finally:
+            self.give_back(buffer)
+
+    async def take(self) -> bytearray:
+        """A buffer; give it back."""
+        return await self._free.get() or bytearray(self._size)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """No thread may be using it any more."""
+        self._free.put_nowait(buffer)
+
+
+async def read_piece(
+    disk: Disk,
+    workers: Workers,
+    offset: int,
+    buffer: bytearray,
+    length: int,
+    then: Callable[[], T],
+) -> T:
+    """Fill ``buffer[:length]`` and return what ``then``, called in the same thread, returns.
+
+    Raises:
+        DiskError: naming the offset on the disk.
+    """
+    view = memoryview(buffer)[:length]
+    try:
+        runs = await disk.runs(offset, length)
+        if any(isinstance(run, RemoteRun) for run in runs):
+            await disk.read_into(offset, view)
+            return await workers.run(then)
+
+        def work() -> T:
+            read_runs(disk.name, offset, runs, view)
+            return then()
+
+        return await workers.run(work)
+    except DiskError as error:
+        at = offset if error.offset is None else error.offset
+        raise type(error)(f"{error}, at byte {at} of the disk", error.errno, at) from error

@@ -1,0 +1,127 @@
+"""TARGET: where a copy goes.
+
+::
+
+    TARGET = FORMAT ":" PATH | FORMAT ":-" | "-" | URI | PATH
+
+====================== ====================================================================
+TARGET                 becomes
+====================== ====================================================================
+``qcow2:/x``, ``vhd:`` a new image of that format
+``/x.vmdk``            a new image, its format by the extension or ``--to``; raw otherwise
+``/dev/sdb``           a block device that is there: overwritten in place
+``-``, ``raw:-``       standard output, in order
+``nbd://...``          an NBD export: overwritten in place
+====================== ====================================================================
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import FORMATS, HYPERVISORS, NBD_SCHEMES, REPOSITORIES
+from nbdsrv.formats.target_file import STANDARD_OUTPUT
+
+__all__ = ["WRITTEN", "Place", "Target", "parse_target"]
+
+WRITTEN = ("raw", "qcow2", "vhd", "vmdk")
+"""The formats we can write."""
+_EXTENSIONS = {
+    ".img": "raw",
+    ".raw": "raw",
+    ".bin": "raw",
+    ".qcow2": "qcow2",
+    ".vhd": "vhd",
+    ".vpc": "vhd",
+    ".vmdk": "vmdk",
+}
+_NOT_WRITTEN = {".vhdx": "vhdx", ".vdi": "vdi", ".hdd": "parallels", ".qcow": "qcow"}
+"""Extensions under which nobody would look for a raw image."""
+
+
+class Place(Enum):
+    """What kind of thing is written to."""
+
+    FILE = auto()
+    PIPE = auto()
+    DEVICE = auto()
+    NBD = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed TARGET.
+
+    Attributes:
+        text: as it was given.
+        location: a path, ``-`` or a URI.
+        format: one of ``WRITTEN``; "raw" where a disk is overwritten.
+    """
+
+    text: str
+    place: Place
+    location: str
+    format: str
+
+    @property
+    def in_place(self) -> bool:
+        """Is something overwritten that is there already?"""
+        return self.place in {Place.DEVICE, Place.NBD}
+
+
+def parse_target(text: str, to: str | None = None) -> Target:
+    """Parse one TARGET; ``to`` is the format that ``--to`` asks for.
+
+    Looks at the file system once: is it a block device?
+
+    Raises:
+        ConfigError: empty, of a kind that cannot be written, or contradicting ``to``.
+    """
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in NBD_SCHEMES:
+        return _in_place(text, Place.NBD, text, to)
+    if colon and scheme in REPOSITORIES | HYPERVISORS:
+        raise ConfigError(f"{text}: copy writes images and NBD exports; this is neither")
+    named = None
+    if colon and scheme in FORMATS:
+        _refuse_unwritten(text, scheme)
+        named, location = scheme, rest
+    else:
+        location = text
+    if not location:
+        raise ConfigError("an empty TARGET; give a file, for instance qcow2:disk.qcow2")
+    if named and to and named != to:
+        raise ConfigError(f"{text}: --to {to} contradicts it")
+    kind = named or to
+    if location == STANDARD_OUTPUT:
+        return Target(text, Place.PIPE, location, kind or "raw")
+    if _is_device(location):
+        return _in_place(text, Place.DEVICE, location, kind)
+    return Target(text, Place.FILE, location, kind or _by_extension(text, location))
+
+
+def _refuse_unwritten(text: str, kind: str) -> None:
+    if kind not in WRITTEN:
+        raise ConfigError(f"{text}: {kind} images are not written, only {', '.join(WRITTEN)}")
+
+
+def _by_extension(text: str, path: str) -> str:
+    extension = os.path.splitext(path)[1].lower()
+    if extension in _NOT_WRITTEN:
+        _refuse_unwritten(text, _NOT_WRITTEN[extension])
+    return _EXTENSIONS.get(extension, "raw")
+
+
+def _in_place(text: str, place: Place, location: str, kind: str | None) -> Target:
+    if kind not in {None, "raw"}:
+        raise ConfigError(f"{text}: is overwritten as it is; a {kind} image goes into a file")
+    return Target(text, place, location, "raw")
+
+
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,211 @@
+"""Dynamic VHDs being written, as one stream.
+
+::
+
+    | footer | header | BAT | batmap | block | block | ...            | footer |
+      copy                             bitmap of ones, 2 MiB of data
+    a pipe   all known from the plan ─> in order
+    a file   written last, when it is known which blocks there are
+
+Choices, each because a reader is particular about it:
+
+* Creator ``tap`` 1.3: QEMU believes the size only of creators it knows, and computes it from the
+  geometry otherwise. tapdisk 1.2 and later promises a *batmap* (which blocks have a full bitmap),
+  so there is one.
+* Blocks follow each other without gaps, in the disk's order, the last one whole: readers of streams
+  rely on it.
+* Every bitmap is all ones: what is not written within a block is stored as zeroes.
+* Timestamps count from 2000.
+"""
+
+import sys
+import time
+import uuid
+from array import array
+
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import UnsupportedImage
+from nbdsrv.formats.target_file import TargetFile
+from nbdsrv.formats.vhd.structs import (
+    ABSENT,
+    CREATOR_TAP,
+    EPOCH,
+    FEATURES_RESERVED,
+    FOOTER,
+    FOOTER_CHECKSUM,
+    FOOTER_COOKIE,
+    FOOTER_SIZE,
+    HEADER,
+    HEADER_CHECKSUM,
+    HEADER_COOKIE,
+    HEADER_SIZE,
+    LOCATORS,
+    MAX_SECTORS,
+    NO_OFFSET,
+    SECTOR,
+    VERSION,
+    DiskType,
+    Platform,
+    bitmap_size,
+    checksum,
+)
+from nbdsrv.formats.vhd.writer_structs import batmap, batmap_length, geometry
+from nbdsrv.formats.writer import ImageWriter, Plan
+
+__all__ = ["BLOCK", "VhdWriter"]
+
+BLOCK = 2 << 20
+"""Bytes of a block; some readers know no other size."""
+_BITMAP = b"\xff" * bitmap_size(BLOCK)
+_TABLE_OFFSET = FOOTER_SIZE + HEADER_SIZE
+_CREATOR_VERSION = 0x00010003
+_CREATOR_OS = b"\0\0\0\0"
+
+
+class VhdWriter(ImageWriter):
+    """A dynamic VHD of at most 2040 GiB; its size is rounded up to whole sectors."""
+
+    granularity = BLOCK
+
+    def __init__(self, workers: Workers, target: TargetFile) -> None:
+        """Becomes the owner of ``target``, which is not open yet."""
+        self._workers = workers
+        self._target = target
+        self._size = 0
+        self._bat = array("I")
+        self._blocks_at = 0
+        self._footer = b""
+        self.seekable = target.seekable
+
+    async def begin(self, plan: Plan) -> None:
+        """Refuses what is too large, then makes the file."""
+        size = -(-plan.size // SECTOR) * SECTOR
+        if size > MAX_SECTORS * SECTOR:
+            raise UnsupportedImage(
+                f"{self._target.path}: a VHD has at most 2040 GiB, this disk has"
+                f" {plan.size / (1 << 30):.0f}; write another format, for instance qcow2"
+            )
+        # A table without entries is none to most readers.
+        entries = max(1, -(-size // BLOCK))
+        self._size = size
+        self._bat = array("I", [ABSENT]) * entries
+        self._blocks_at = _TABLE_OFFSET + _padded(4 * entries) + batmap_length(entries)
+        self._footer = _footer(size)
+        await self._workers.run(self._open, None if self.seekable else plan)
+
+    def _open(self, plan: Plan | None) -> None:
+        self._target.open()
+        if plan is None:
+            self._target.position = self._blocks_at
+            return
+        at = self._blocks_at
+        for offset, length in plan.data():
+            for number in range(offset // BLOCK, -(-(offset + length) // BLOCK)):
+                if self._bat[number] == ABSENT:
+                    self._bat[number] = at // SECTOR
+                    at += len(_BITMAP) + BLOCK
+        self._target.append(self._tables())
+
+    async def data(self, offset: int, data: memoryview) -> None:
+        """Whole blocks, behind the ones before."""
+        await self._workers.run(self._append, offset, data)
+
+    def _append(self, offset: int, data: memoryview) -> None:
+        for start in range(0, len(data), BLOCK):
+            number = (offset + start) // BLOCK
+            sector = self._target.position // SECTOR
+            if self.seekable:
+                self._bat[number] = sector
+            assert self._bat[number] == sector, "the plan did not tell of this block"
+            block = data[start : start + BLOCK]
+            self._target.append(_BITMAP, block, bytes(BLOCK - len(block)))
+
+    async def zero(self, offset: int, length: int) -> None:
+        """A block that is left out is zeroes."""
+
+    async def finish(self) -> None:
+        """The footer; in a file also what stands at its beginning."""
+        await self._workers.run(self._finish)
+
+    def _finish(self) -> None:
+        self._target.append(self._footer)
+        if self.seekable:
+            self._target.store(0, self._tables())
+        self._target.publish()
+
+    async def abort(self) -> None:
+        """Remove it."""
+        await self._workers.run(self._target.discard)
+
+    def _tables(self) -> bytes:
+        """Everything before the first block."""
+        table = array("I", self._bat)
+        if sys.byteorder == "little":
+            table.byteswap()
+        data = self._footer + _header(len(table)) + table.tobytes()
+        data += b"\xff" * (_padded(len(data)) - len(data))
+        present = bytes(entry != ABSENT for entry in self._bat)
+        return data + batmap(present, len(data))
+
+
+def _padded(length: int) -> int:
+    return -(-length // SECTOR) * SECTOR
+
+
+def _footer(size: int) -> bytes:
+    footer = bytearray(
+        FOOTER.build(
+            {
+                "cookie": FOOTER_COOKIE,
+                "features": FEATURES_RESERVED,
+                "version": VERSION,
+                "data_offset": FOOTER_SIZE,
+                "timestamp": max(0, int(time.time()) - EPOCH),
+                "creator": CREATOR_TAP,
+                "creator_version": _CREATOR_VERSION,
+                "creator_os": _CREATOR_OS,
+                "original_size": size,
+                "current_size": size,
+                "geometry": geometry(size // SECTOR),
+                "disk_type": DiskType.DYNAMIC,
+                "checksum": 0,
+                "unique_id": uuid.uuid4().bytes,
+                "saved_state": 0,
+                "hidden": 0,
+                "reserved": bytes(426),
+            }
+        )
+    )
+    footer[FOOTER_CHECKSUM : FOOTER_CHECKSUM + 4] = checksum(footer, FOOTER_CHECKSUM).to_bytes(4)
+    return bytes(footer)
+
+
+def _header(entries: int) -> bytes:
+    none = {
+        "platform": Platform.NONE,
+        "data_space": 0,
+        "data_length": 0,
+        "reserved": 0,
+        "data_offset": 0,
+    }
+    header = bytearray(
+        HEADER.build(
+            {
+                "cookie": HEADER_COOKIE,
+                "data_offset": NO_OFFSET,
+                "table_offset": _TABLE_OFFSET,
+                "version": VERSION,
+                "max_table_entries": entries,
+                "block_size": BLOCK,
+                "checksum": 0,
+                "parent_unique_id": bytes(16),
+                "parent_timestamp": 0,
+                "reserved1": bytes(4),
+                "parent_unicode_name": bytes(512),
+                "locators": [none] * LOCATORS,
+                "reserved2": bytes(256),
+            }
+        )
+    )
+    header[HEADER_CHECKSUM : HEADER_CHECKSUM + 4] = checksum(header, HEADER_CHECKSUM).to_bytes(4)
+    return bytes(header)

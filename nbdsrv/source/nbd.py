@@ -1,0 +1,363 @@
+"""An export of another server as a Disk.
+
+::
+
+    read_into |-----------------------------------------|     any offset, any length
+    pieces    |---- 1 MiB ----|---- 1 MiB ----|-- rest --|     several at a time ...
+    links     [Client A]  [Client B]  [Client A]  ...         ... on whichever is least busy
+
+READ    its connection dies: once more on a new one; then, as on EIO, taken apart (``nbd_salvage``)
+WRITE   its connection dies: an error; it is never sent again (``nbd_changes``)
+
+What the server does not offer is done otherwise where that is honest: zeroes are written, trims
+left undone, a map without base:allocation is all data.
+"""
+
+import errno as os_errno
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from nbdsrv.disk.disk import Ability, Disk
+from nbdsrv.disk.runs import RemoteRun, Run
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.net.client import ConnectionLost
+from nbdsrv.net.client_connect import Patience, Remote, connect
+from nbdsrv.net.client_tls import Credentials, client_context
+from nbdsrv.source.nbd_changes import Changes
+from nbdsrv.source.nbd_links import Incidents, Links
+from nbdsrv.source.nbd_pieces import in_pieces
+from nbdsrv.source.nbd_salvage import Salvage
+from protocol.constants import Dialect, TransmissionFlag
+from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
+from protocol.extents import DATA, HOLE, ZERO, ExtentList
+from protocol.terms import BlockSizes
+from protocol.uri import UriError, parse
+
+__all__ = ["NbdDisk", "open_nbd"]
+
+DEFAULT_CONNECTIONS = 4
+"""As nbdcopy; more gain nothing on one machine and little on a network."""
+MAX_CONNECTIONS = 64
+"""Each costs a server a thread or a process, and XCP-ng's grants 16 to all the world."""
+PIECE = 1 << 20
+"""Bytes of one READ or WRITE: long enough to be cheap, short enough to spread."""
+SECTOR = 512
+"""Bytes reads are aligned to where the server does not say: xapi-nbd ends the session otherwise."""
+STATUS_LIMIT = 1 << 31
+"""Bytes of one BLOCK_STATUS with 32-bit lengths. nbdkit before 1.42.3 aborts close to 4 GiB."""
+STATES = {0: DATA, 1: DATA, 2: ZERO, 3: HOLE}
+"""base:allocation's two bits. A hole that does not promise to read as zeroes must be read."""
+
+ABILITIES = {
+    TransmissionFlag.SEND_FLUSH: Ability.FLUSH,
+    TransmissionFlag.SEND_TRIM: Ability.TRIM,
+    TransmissionFlag.SEND_WRITE_ZEROES: Ability.ZERO,
+    TransmissionFlag.SEND_FAST_ZERO: Ability.FAST_ZERO,
+}
+
+
+class NbdDisk(Disk):
+    """Somebody else's export.
+
+    Attributes:
+        incidents: what has gone wrong so far.
+    """
+
+    format = "nbd"
+
+    def __init__(
+        self,
+        workers: Workers,
+        links: Links,
+        salvage: Salvage,
+        incidents: Incidents,
+        name: str,
+        *,
+        writable: bool,
+    ) -> None:
+        super().__init__(workers)
+        terms = links.terms
+        self.name = name
+        self.size = terms.size
+        self.incidents = incidents
+        self._links = links
+        self._salvage = salvage
+        self._flags = terms.flags
+        self._chunked = terms.dialect is not Dialect.SIMPLE
+        self._contexts = {context: number for number, context in terms.contexts.items()}
+        self.contexts = (ALLOCATION, *(name for name in self._contexts if name != ALLOCATION))
+        self._minimum = terms.blocks.minimum
+        self._aligned = self._minimum if terms.blocks_advertised else SECTOR
+        self._piece = min(PIECE, terms.blocks.maximum) // self._aligned * self._aligned
+        self.abilities = _abilities(terms.flags, writable=writable)
+        self.block_sizes = BlockSizes(
+            self._minimum if writable else 1, max(terms.blocks.preferred, self._minimum)
+        )
+        self._made = Changes(links, name, self.abilities, self._piece)
+        self._closed = False
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """The terms, and what has gone wrong."""
+        terms = self._links.terms
+        return {
+            "export": terms.name if terms.name is not None else terms.export,
+            "description": terms.description or "",
+            "dialect": terms.dialect.name.lower(),
+            "tls": terms.tls,
+            "connections": self._links.count,
+        }
+
+    # --- reading -------------------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> Sequence[Run] | None:
+        """All of it is elsewhere."""
+        del offset
+        return [RemoteRun(length)]
+
+    async def load(self, offset: int, length: int) -> None:
+        """There is nothing ``locate`` would need."""
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` in pieces; on an error all before its offset is good."""
+        length = len(buffer)
+        self._check(offset, length)
+
+        async def one(at: int, count: int) -> None:
+            await self._read(at, buffer[at - offset : at - offset + count])
+
+        await in_pieces(offset, length, self._piece, one)
+
+    async def _read(self, offset: int, view: memoryview) -> None:
+        """A piece; one that is not in whole blocks is read as a larger one and cut."""
+        begin, end = self._whole_blocks(offset, len(view))
+        if (begin, end) == (offset, offset + len(view)):
+            await self._read_whole(offset, view)
+            return
+        block = memoryview(bytearray(end - begin))
+        try:
+            await self._read_whole(begin, block)
+        except DiskError as error:
+            bad = max(error.offset or 0, offset)
+            if bad >= offset + len(view):  # only the surroundings are bad
+                view[:] = block[offset - begin : offset - begin + len(view)]
+                return
+            view[: bad - offset] = block[offset - begin : bad - begin]
+            raise type(error)(str(error), error.errno, bad) from error
+        view[:] = block[offset - begin : offset - begin + len(view)]
+
+    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
+        """The range in whole blocks; a size that is none itself ends where it ends."""
+        block = self._aligned
+        begin = offset // block * block
+        end = min(-(-(offset + length) // block) * block, self.size)
+        return begin, end
+
+    async def _read_whole(self, offset: int, view: memoryview) -> None:
+        for attempt in (0, 1):
+            client = await self._links.choose()
+            try:
+                await client.read(offset, view)
+                return
+            except ConnectionLost as error:
+                if attempt and error.errno == os_errno.ETIMEDOUT:
+                    raise  # silent twice: asking for less would only take longer
+                self.incidents.reread += not attempt
+            except DiskError as error:
+                if error.errno != os_errno.EIO or _is_placed(error, offset):
+                    raise
+                break
+        await self._salvage.read(offset, view)
+
+    # --- maps ----------------------------------------------------------------------------
+
+    async def extents(self, offset: int, length: int) -> ExtentList:
+        """By base:allocation; without it, data."""
+        self._check(offset, length)
+        if ALLOCATION not in self._contexts:
+            if offset >= self.size:
+                raise self._beyond(offset, length, os_errno.EINVAL)
+            return ExtentList(offset, [(length, DATA)])
+        found = await self._status(ALLOCATION, offset, length)
+        return ExtentList(offset, [(span, STATES[flags & 3]) for span, flags in found])
+
+    async def status(self, context: str, offset: int, length: int) -> ExtentList:
+        """Any context the server has."""
+        if context == ALLOCATION:
+            return await self.extents(offset, length)
+        if context not in self._contexts:
+            raise DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
+        self._check(offset, length)
+        return ExtentList(offset, await self._status(context, offset, length))
+
+    async def _status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
+        if not length or offset >= self.size:
+            raise self._beyond(offset, length, os_errno.EINVAL)
+        begin, end = self._whole_blocks(offset, length)
+        if self._links.terms.dialect is not Dialect.EXTENDED:
+            end = min(end, begin + STATUS_LIMIT)
+        found = await self._ask_status(context, begin, end - begin)
+        return _clipped(begin, found, offset, min(offset + length, end))
+
+    async def _ask_status(
+        self, context: str, offset: int, length: int
+    ) -> Sequence[tuple[int, int]]:
+        for attempt in (0, 1):
+            client = await self._links.choose()
+            numbers = {name: number for number, name in client.terms.contexts.items()}
+            chosen = None
+            if client.terms.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD and len(numbers) > 1:
+                chosen = [numbers[context]]
+            try:
+                found = await client.block_status(offset, length, chosen)
+            except ConnectionLost:
+                if attempt:
+                    raise
+                self.incidents.reread += 1
+            else:
+                return found[numbers[context]]
+        raise AssertionError("unreachable")
+
+    # --- changes -------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """In pieces; after an error, some of them are written."""
+        self._check_change(offset, len(data))
+        await self._made.write(offset, data)
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        """By WRITE_ZEROES; where that is not offered, by writing zeroes."""
+        self._check_change(offset, length)
+        await self._made.zero(offset, length, punch=punch, fast=fast)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The whole blocks in the range, if the server knows how."""
+        self._check_change(offset, length)
+        await self._made.trim(offset, length)
+
+    async def flush(self) -> None:
+        """FLUSH; fails for good once a server may have taken acknowledged writes along."""
+        if self._closed:
+            raise self._shut()
+        await self._made.flush()
+
+    async def cache(self, offset: int, length: int) -> None:
+        """CACHE, if the server knows how."""
+        self._check(offset, length)
+        if self._flags & TransmissionFlag.SEND_CACHE and length:
+            begin, end = self._whole_blocks(offset, length)
+
+            async def one(at: int, count: int) -> None:
+                client = await self._links.choose()
+                await client.cache(at, count)
+
+            await in_pieces(begin, end - begin, self._piece, one)
+
+    async def close(self) -> None:
+        """Say goodbye on all connections."""
+        self._closed = True
+        await self._salvage.close()
+        await self._links.close()
+
+    # --- what must hold ------------------------------------------------------------------
+
+    def _check(self, offset: int, length: int, errno: int = os_errno.EINVAL) -> None:
+        if self._closed:
+            raise self._shut()
+        if offset < 0 or offset + length > self.size:
+            raise self._beyond(offset, length, errno)
+
+    def _beyond(self, offset: int, length: int, errno: int) -> DiskError:
+        text = f"{self.name}: {length} bytes at {offset} reach beyond its end at {self.size}"
+        return DiskError(text, errno)
+
+    def _shut(self) -> DiskError:
+        return DiskError(f"{self.name} is closed", os_errno.EBADF)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        if Ability.WRITE not in self.abilities:
+            raise self._read_only()
+        self._check(offset, length, os_errno.ENOSPC)
+
+
+def _abilities(flags: TransmissionFlag, *, writable: bool) -> Ability:
+    """What the server offered, as far as it is wanted. All clients of the Disk share its links."""
+    found = Ability.MULTI_CONN
+    if flags & TransmissionFlag.ROTATIONAL:
+        found |= Ability.ROTATIONAL
+    if writable:
+        found |= Ability.WRITE
+        for flag, ability in ABILITIES.items():
+            if flags & flag:
+                found |= ability
+    return found
+
+
+def _is_placed(error: DiskError, offset: int) -> bool:
+    """Has the server said where exactly?"""
+    return error.offset is not None and error.offset > offset
+
+
+def _clipped(
+    begin: int, found: Sequence[tuple[int, int]], offset: int, end: int
+) -> list[tuple[int, int]]:
+    """The part of (length, flags) pairs from ``begin`` on that lies in ``offset``..``end``."""
+    clipped = []
+    at = begin
+    for length, flags in found:
+        low, high = max(at, offset), min(at + length, end)
+        if low < high:
+            clipped.append((high - low, flags))
+        at += length
+    return clipped
+
+
+async def open_nbd(
+    text: str,
+    workers: Workers,
+    *,
+    writable: bool = False,
+    connections: int = DEFAULT_CONNECTIONS,
+    credentials: Credentials | None = None,
+    contexts: Sequence[str] = (ALLOCATION, ALLOCATION_DEPTH),
+    patience: Patience | None = None,
+) -> NbdDisk:
+    """Open an NBD URI.
+
+    Args:
+        text: ``nbd://HOST[:PORT]/EXPORT``, ``nbds://``, ``nbd+unix:///EXPORT?socket=PATH`` ...
+        workers: for reading certificates.
+        writable: without it nothing is ever written, whatever the server allows.
+        connections: at most; only one where the server does not say CAN_MULTI_CONN.
+        credentials: for TLS; the system's authorities by default.
+        contexts: meta contexts to ask for; the Disk has those the server knows.
+        patience: deadlines.
+
+    Raises:
+        ConfigError: not a URI that can be used.
+        DiskError: no connection, no such export, or it is read-only and must be written.
+    """
+    try:
+        uri = parse(text)
+    except UriError as error:
+        raise ConfigError(f"{text}: {error}") from error
+    context = None
+    if uri.tls:
+        context = await workers.look_up(client_context, uri, credentials or Credentials())
+    remote = Remote(uri, context, tuple(contexts), patience or Patience())
+    client = await connect(remote)
+    terms = client.terms
+    if writable and terms.flags & TransmissionFlag.READ_ONLY:
+        await client.close()
+        raise DiskError(f"{remote.name} is read-only on its server", os_errno.EROFS)
+    limit = 1
+    if terms.flags & TransmissionFlag.CAN_MULTI_CONN:
+        limit = max(1, min(connections, MAX_CONNECTIONS))
+    incidents = Incidents()
+    links = Links(client, partial(connect, remote), limit, remote.patience, incidents)
+    granule = max(SECTOR, terms.blocks.minimum)
+    plain = replace(remote, queries=())
+    salvage = Salvage(partial(connect, plain, chunked=False), granule, incidents)
+    return NbdDisk(workers, links, salvage, incidents, remote.name, writable=writable)

@@ -1,0 +1,220 @@
+"""The connections of one NbdDisk: spread over, replaced when they die.
+
+::
+
+    choose() ──> the least loaded of  [Client] [Client] [Client] [      ] opened when all are busy
+                                                           |
+                                                         died
+                                                           v
+                 none left: one _revive for all who wait, with growing pauses, until reconnect_s
+
+Rule: a replacement must lead to the same export on the same terms, or it is refused: a disk that
+changed its size behind a restore is not the same disk.
+"""
+
+import asyncio
+import contextlib
+import errno as os_errno
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from nbdsrv.errors import DiskError
+from nbdsrv.net.client import Client
+from nbdsrv.net.client_connect import Patience
+from protocol.terms import Negotiated
+
+__all__ = ["Incidents", "Links"]
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.05
+LAST_PAUSE_S = 2.0
+"""Between two attempts to connect again; it doubles from the first to the last."""
+MAX_BAD_RANGES = 1024
+"""Bad places remembered; more are only counted."""
+
+
+@dataclass(slots=True)
+class Incidents:
+    """What went wrong and was mended, or was not.
+
+    Attributes:
+        lost: connections that died.
+        reconnected: connections that replaced them.
+        reread: reads that were asked again after their connection died.
+        salvaged: reads that were taken apart because they failed.
+        bad: (offset, length) that could not be read even alone, the first MAX_BAD_RANGES.
+    """
+
+    lost: int = 0
+    reconnected: int = 0
+    reread: int = 0
+    salvaged: int = 0
+    bad: list[tuple[int, int]] = field(default_factory=list)
+
+    def add_bad(self, offset: int, length: int) -> None:
+        """Remember a bad place, once."""
+        place = (offset, length)
+        if len(self.bad) < MAX_BAD_RANGES and place not in self.bad:
+            self.bad.append(place)
+
+
+class Links:
+    """Up to ``limit`` connections to one export.
+
+    Attributes:
+        terms: of the first connection, and so of all.
+        on_lost: called with every connection that has died or was given up.
+    """
+
+    def __init__(
+        self,
+        first: Client,
+        dial: Callable[[], Awaitable[Client]],
+        limit: int,
+        patience: Patience,
+        incidents: Incidents,
+    ) -> None:
+        self.terms = first.terms
+        self.on_lost: Callable[[Client], None] = lambda _: None
+        self._name = first.name
+        self._dial = dial
+        self._limit = limit
+        self._patience = patience
+        self._incidents = incidents
+        self._clients: list[Client] = []
+        self._opening: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._gave_up = False
+        self._closed = False
+        self._adopt(first)
+
+    @property
+    def count(self) -> int:
+        """Connections there are now."""
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(self._clients)
+
+    async def choose(self) -> Client:
+        """The connection that has least to do.
+
+        Raises:
+            DiskError: there is none, and there will be none within ``Patience.reconnect_s``.
+        """
+        while True:
+            if self._closed:
+                raise DiskError(f"{self._name} is closed", os_errno.EBADF)
+            best = min(self._clients, key=_load, default=None)
+            if best is None:
+                await self._revived()
+            elif not best.usable:
+                self._dismiss(best)  # the server is shutting down
+            else:
+                if best.load and len(self._clients) < self._limit and self._opening is None:
+                    self._opening = asyncio.get_running_loop().create_task(self._open_another())
+                return best
+
+    async def close(self) -> None:
+        """Say goodbye on all connections. Idempotent."""
+        self._closed = True
+        tasks = [task for task in (self._opening, self._reviving) if task is not None]
+        for task in tasks:
+            task.cancel()
+        clients, self._clients = self._clients, []
+        await asyncio.gather(*(client.close() for client in clients))
+        await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
+
+    # --- coming and going ----------------------------------------------------------------
+
+    def _adopt(self, client: Client) -> None:
+        client.on_lost = lambda: self._lost(client)
+        self._clients.append(client)
+
+    def _lost(self, client: Client) -> None:
+        log.warning("nbd.lost reason=%s", client.lost)
+        self._incidents.lost += 1
+        if client in self._clients:
+            self._clients.remove(client)
+        self.on_lost(client)
+
+    def _dismiss(self, client: Client) -> None:
+        self._clients.remove(client)
+        self.on_lost(client)
+        task = asyncio.get_running_loop().create_task(client.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _open_another(self) -> None:
+        """One connection more; a server that does not grant it is left alone."""
+        try:
+            self._adopt(await self._connect())
+        except DiskError as error:
+            log.info("nbd.alone connections=%d reason=%s", len(self._clients), error)
+            self._limit = max(len(self._clients), 1)
+        finally:
+            self._opening = None
+
+    async def _revived(self) -> None:
+        """Wait for a new connection; everybody waits for the same attempts."""
+        if self._reviving is None:
+            self._reviving = asyncio.get_running_loop().create_task(self._revive())
+            self._reviving.add_done_callback(self._seen)
+        reviving = self._reviving
+        await asyncio.wait([reviving])
+        error = None if reviving.cancelled() else reviving.exception()
+        if isinstance(error, DiskError):
+            raise DiskError(str(error), error.errno) from error
+        if error is not None:
+            raise error
+
+    def _seen(self, revived: "asyncio.Task[None]") -> None:
+        self._reviving = None
+        if not revived.cancelled():
+            revived.exception()  # whoever waits has it too, but all may have been cancelled
+
+    async def _revive(self) -> None:
+        """Try until ``reconnect_s``; once that was in vain, later only once at a time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (0.0 if self._gave_up else self._patience.reconnect_s)
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                self._adopt(await self._connect())
+            except DiskError as error:
+                if loop.time() + pause > deadline or isinstance(error, _Changed):
+                    self._gave_up = True
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LAST_PAUSE_S)
+            else:
+                self._gave_up = False
+                self._incidents.reconnected += 1
+                log.info("nbd.reconnected uri=%s", self._name)
+                return
+
+    async def _connect(self) -> Client:
+        client = await self._dial()
+        if _identity(client.terms) == _identity(self.terms):
+            return client
+        with contextlib.suppress(DiskError):
+            await client.close()
+        text = f"{self._name} is not what it was when it was opened: open it anew"
+        raise _Changed(text, os_errno.ESTALE)
+
+
+class _Changed(DiskError):
+    pass
+
+
+def _load(client: Client) -> int:
+    return client.load
+
+
+def _identity(terms: Negotiated) -> Negotiated:
+    """What must be the same: all but words, and the numbers of contexts."""
+    names = dict(enumerate(sorted(terms.contexts.values())))
+    return replace(terms, contexts=names, refusals=(), description=None)
