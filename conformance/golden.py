@@ -2,7 +2,7 @@
 
 ::
 
-    golden.img                                                          size: an odd number of sectors
+    golden.img                                                 size: an odd number of sectors
     | random | hole | text | written zeroes | hole | random ... | hole | random |
 
 A *golden* is that content; every check compares what came through our server with it, or with what

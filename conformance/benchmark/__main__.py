@@ -17,7 +17,9 @@ import click
 from conformance.benchmark import image
 from conformance.benchmark.cells import Cell, Part, Peer, select
 from conformance.benchmark.cold import run_cold
+from conformance.benchmark.convert import run_conversions
 from conformance.benchmark.environment import describe
+from conformance.benchmark.formats import make_images
 from conformance.benchmark.idle import run_idle
 from conformance.benchmark.report import BenchmarkError, Report, load, store
 from conformance.benchmark.rounds import Plan, Progress, run_rounds
@@ -151,13 +153,7 @@ def _run(options: Options, progress: Progress) -> Report:
     report = Report(describe(path, size, options.rounds, options.seconds))
     report.failures += [f"{peer}: not installed" for peer in missing]
     extra_rounds = min(options.rounds, EXTRA_ROUNDS)
-    with contextlib.ExitStack() as stack:
-        copy = None
-        if any(cell.writes for cell in options.cells):
-            copy = image.copy_of(path, options.cache)
-            stack.callback(os.unlink, copy)
-        plan = Plan(peers, options.cells, path, copy, size, options.rounds, options.seconds)
-        run_rounds(plan, report, progress)
+    _run_table(options, peers, path, size, report, progress)
     if Part.COLD in options.parts:
         far = image.make(options.cache, "other", size, seed=2)
         run_cold(
@@ -182,6 +178,28 @@ def _run(options: Options, progress: Progress) -> Report:
             connections=options.connections,
         )
     return report
+
+
+def _run_table(
+    options: Options,
+    peers: list[Peer],
+    path: str,
+    size: int,
+    report: Report,
+    progress: Progress,
+) -> None:
+    conversions = [cell for cell in options.cells if cell.part is Part.CONVERT]
+    cells = [cell for cell in options.cells if cell.part is not Part.CONVERT]
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if any(cell.writes for cell in cells):
+            copy = image.copy_of(path, options.cache)
+            stack.callback(os.unlink, copy)
+        images = make_images({cell.image for cell in cells} - {""}, path, options.cache)
+        plan = Plan(peers, cells, path, copy, size, options.rounds, options.seconds, images)
+        run_rounds(plan, report, progress)
+    if conversions:
+        run_conversions(conversions, peers, options.cache, size, options.rounds, report, progress)
 
 
 def _default_cache() -> str:

@@ -4,6 +4,8 @@ A *cell* is one load over one transport. Its name is what ``--cells`` matches::
 
     unix/randread-4k-qd16      transport / kind - block size - queue depth
     tcp/copy-4conn             transport / nbdcopy, number of connections
+    qcow2/read-2m-qd4          image, over a Unix socket / the same
+    convert/qcow2-to-raw       nbdsrv copy beside qemu-img convert
 
 A *bar* is the ratio of medians, ours over the peer's, that a cell has to reach. TLS cells have
 none: all the time goes into the ciphers, they are there to be seen.
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-__all__ = ["CELLS", "Cell", "Part", "Peer", "Transport", "select"]
+__all__ = ["CELLS", "COMPRESSED", "UNCOMPRESSED", "Cell", "Part", "Peer", "Transport", "select"]
 
 
 class Transport(StrEnum):
@@ -23,12 +25,14 @@ class Transport(StrEnum):
 
 
 class Part(StrEnum):
-    """What ``--part`` chooses; the first four make the table."""
+    """What ``--part`` chooses; all but the last two make the table."""
 
     READS = "reads"
     WRITES = "writes"
     COPY = "copy"
     TLS = "tls"
+    FORMATS = "formats"
+    CONVERT = "convert"
     COLD = "cold"
     IDLE = "idle"
 
@@ -52,7 +56,8 @@ class Cell:
     """One load over one transport.
 
     ``rw`` is fio's name of the pattern, or ``copy`` for nbdcopy to ``null:``; ``depth`` is
-    fio's queue depth, or nbdcopy's number of connections.
+    fio's queue depth, or nbdcopy's number of connections. ``image`` is what is served, see
+    ``formats``, or "" for a raw image; of a conversion (``rw`` is ``convert``), from what to what.
     """
 
     part: Part
@@ -60,23 +65,30 @@ class Cell:
     rw: str
     block: str
     depth: int
+    image: str = ""
 
     @property
     def name(self) -> str:
+        if self.rw == "convert":
+            return f"convert/{self.image.replace(' ', '-')}"
+        where = self.image or self.transport
         if self.rw == "copy":
-            return f"{self.transport}/copy-{self.depth}conn"
-        return f"{self.transport}/{self.rw}-{self.block}-qd{self.depth}"
+            return f"{where}/copy-{self.depth}conn"
+        return f"{where}/{self.rw}-{self.block}-qd{self.depth}"
 
     @property
     def title(self) -> str:
         """The cell in words, as the README's table shows it."""
+        if self.rw == "convert":
+            return f"copy / qemu-img convert: {self.image}"
+        where = self.image or self.transport
         if self.rw == "copy":
             plural = "" if self.depth == 1 else "s"
-            return f"{self.transport}: nbdcopy to null, {self.depth} connection{plural}"
+            return f"{where}: nbdcopy to null, {self.depth} connection{plural}"
         size = self.block.replace("k", " KiB").replace("m", " MiB")
         order = "random" if self.rw.startswith("rand") else "sequential"
         verb = "write" if self.writes else "read"
-        return f"{self.transport}: {size} {order} {verb}, depth {self.depth}"
+        return f"{where}: {size} {order} {verb}, depth {self.depth}"
 
     @property
     def writes(self) -> bool:
@@ -87,8 +99,17 @@ class Cell:
         """``IOPS`` for 4 KiB requests, ``MB/s`` (10**6) for all others."""
         return "IOPS" if self.block == "4k" else "MB/s"
 
+    def takes(self, peer: Peer) -> bool:
+        """Is this cell for ``peer``? The ceiling serves what lies in a file as it is."""
+        if not self.image:
+            return peer.takes_part(self.part, self.transport)
+        plain = self.rw != "convert" and self.image not in COMPRESSED
+        return peer in {Peer.OURS, Peer.QEMU} or (peer is Peer.CEILING and plain)
+
     def bar(self, peer: Peer) -> float | None:
         """The ratio ours / ``peer`` this cell has to reach; None where there is no bar."""
+        if self.image:
+            return self._bar_of_image() if peer is Peer.QEMU else None
         if self.transport is Transport.TLS:
             return None
         if self.writes:
@@ -96,6 +117,13 @@ class Cell:
         if self.transport is Transport.UNIX:
             return {Peer.NBDKIT: 1.5, Peer.QEMU: 3.0}.get(peer)
         return 1.2 if peer is Peer.NBDKIT else None
+
+    def _bar_of_image(self) -> float:
+        if self.rw == "convert":
+            return 1.0
+        if self.image not in COMPRESSED:
+            return 3.0
+        return 1.5 if self.rw == "copy" else 2.0
 
 
 READS = [
@@ -109,6 +137,10 @@ READS = [
 ]
 WRITES = [("randwrite", "4k", 1), ("randwrite", "4k", 16), ("write", "256k", 8)]
 COPIES = [("copy", "", 1), ("copy", "", 4)]
+UNCOMPRESSED = ("qcow2", "vhd", "vhdx", "vmdk")
+COMPRESSED = ("qcow2-zlib", "qcow2-zstd", "vmdk-stream")
+COMPRESSED_READS = [("randread", "4k", 1), ("randread", "4k", 16), ("copy", "", 1)]
+CONVERSIONS = ("qcow2 to raw", "raw to qcow2-zlib", "raw to qcow2-zstd")
 ENCRYPTED = [("randread", "4k", 16), ("read", "256k", 8), ("copy", "", 1)]
 
 PLAIN = (Transport.UNIX, Transport.TCP)
@@ -118,6 +150,17 @@ CELLS = [
     *(Cell(Part.COPY, over, *load) for over in PLAIN for load in COPIES),
     *(Cell(Part.WRITES, over, *load) for over in PLAIN for load in WRITES),
     *(Cell(Part.TLS, Transport.TLS, *load) for load in ENCRYPTED),
+    *(
+        Cell(Part.FORMATS, Transport.UNIX, *load, image)
+        for image in UNCOMPRESSED
+        for load in [*READS, ("copy", "", 1)]
+    ),
+    *(
+        Cell(Part.FORMATS, Transport.UNIX, *load, image)
+        for image in COMPRESSED
+        for load in COMPRESSED_READS
+    ),
+    *(Cell(Part.CONVERT, Transport.UNIX, "convert", "", 0, way) for way in CONVERSIONS),
 ]
 
 

@@ -18,12 +18,13 @@ synced after each.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from conformance.benchmark import image
 from conformance.benchmark.cells import Cell, Peer
+from conformance.benchmark.formats import FormatImage
 from conformance.benchmark.load import measure
 from conformance.benchmark.report import BenchmarkError, Report, Sample
 from conformance.benchmark.servers import Server, serve
@@ -37,7 +38,8 @@ Progress = Callable[[str], None]
 class Plan:
     """What to run: the servers and cells, the images, how often and how long.
 
-    ``copy`` is written to; None when no cell writes.
+    ``copy`` is written to; None when no cell writes. ``images`` are those of the cells that have
+    one of their own.
     """
 
     peers: Sequence[Peer]
@@ -47,6 +49,13 @@ class Plan:
     size: int
     rounds: int
     seconds: float
+    images: Mapping[str, FormatImage]
+
+    def file(self, cell: Cell, peer: Peer) -> FormatImage:
+        """What ``peer`` serves for this cell; the ceiling knows no formats, only the content."""
+        if cell.image and peer is not Peer.CEILING:
+            return self.images[cell.image]
+        return FormatImage(self.copy if cell.writes and self.copy else self.path, "raw", self.size)
 
     def order(self, turn: int) -> list[Peer]:
         """The servers, a different one first each turn."""
@@ -57,7 +66,8 @@ class Plan:
 def run_rounds(plan: Plan, report: Report, progress: Progress) -> None:
     """Run all rounds, adding samples; a cell that fails is noted and the run goes on."""
     for turn in range(plan.rounds):
-        for (_, writes), group in groupby(plan.cells, key=lambda c: (c.transport, c.writes)):
+        kinds = groupby(plan.cells, key=lambda c: (c.image, c.transport, c.writes))
+        for (_, _, writes), group in kinds:
             cells = list(group)
             if writes:
                 _write_group(plan, cells, turn, report, progress)
@@ -71,10 +81,11 @@ def _read_group(
     with contextlib.ExitStack() as stack:
         running: dict[Peer, Server] = {}
         for peer in plan.peers:
-            if not peer.takes_part(cells[0].part, cells[0].transport):
+            if not cells[0].takes(peer):
                 continue
-            with _noting(report, f"{peer}, {cells[0].transport}, round {turn + 1}"):
-                context = serve(peer, cells[0].transport, {"": plan.path})
+            file = plan.file(cells[0], peer)
+            with _noting(report, f"{peer}, {cells[0].name}, round {turn + 1}"):
+                context = serve(peer, cells[0].transport, {"": file.path}, form=file.form)
                 running[peer] = stack.enter_context(context)
         for cell in cells:
             for peer in plan.order(turn):
@@ -108,10 +119,11 @@ def _sample(
 ) -> None:
     with _noting(report, f"{server.peer}, {cell.name}, round {turn + 1}"):
         # Every time: some kernels (DAMON) reclaim what lay unused for seconds.
-        image.warm(plan.copy if cell.writes and plan.copy else plan.path)
+        file = plan.file(cell, server.peer)
+        image.warm(file.path)
         start, used = time.monotonic(), server.cpu_seconds()
         waste = sum(other.cpu_seconds() for other in others)
-        rate, detail = measure(server, cell, plan.size, seconds=plan.seconds)
+        rate, detail = measure(server, cell, file.size, seconds=plan.seconds)
         elapsed = time.monotonic() - start
         sample = Sample(
             cell=cell.name,

@@ -22,7 +22,7 @@ from conformance.benchmark.cells import Peer, Transport
 from conformance.benchmark.report import BenchmarkError
 from conformance.benchmark.tls import Certificates, issue
 
-__all__ = ["Server", "installed", "receive", "serve"]
+__all__ = ["ROOT", "Server", "installed", "receive", "serve"]
 
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
@@ -125,15 +125,19 @@ def serve(
     *,
     write: bool = False,
     connections: int = QEMU_CLIENTS,
+    form: str = "raw",
 ) -> Iterator[Server]:
     """Serve images by export name ("" is the default export) until the block ends.
 
-    ``connections`` clients are expected at most, for the servers that have such a limit.
+    ``connections`` clients are expected at most, for the servers that have such a limit. ``form``
+    is QEMU's name of the images' format; ours looks for itself.
     Raises BenchmarkError when the server does not get ready.
     """
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as directory:
         os.chmod(directory, 0o755)  # TLS clients run as nobody and read the authority's file
-        server = _start(peer, transport, directory, exports, write=write, connections=connections)
+        server = _start(
+            peer, transport, directory, exports, write=write, connections=connections, form=form
+        )
         try:
             _await_greeting(server)
             yield server
@@ -149,6 +153,7 @@ def _start(
     *,
     write: bool,
     connections: int,
+    form: str,
 ) -> Server:
     path = os.path.join(directory, "socket")
     port = 0 if transport is Transport.UNIX else _free_port()
@@ -160,7 +165,7 @@ def _start(
     elif peer is Peer.NBDKIT:
         command = _nbdkit(path, port, tls, _nbdkit_source(exports, directory), write=write)
     else:
-        command = _qemu(path, port, tls, exports, write=write, connections=connections)
+        command = _qemu(path, port, tls, exports, form, write=write, connections=connections)
     with open(os.path.join(directory, "log"), "wb") as log:
         process = subprocess.Popen(
             command,
@@ -221,13 +226,14 @@ def _qemu(
     port: int,
     tls: Certificates | None,
     exports: Mapping[str, str],
+    form: str,
     *,
     write: bool,
     connections: int,
 ) -> Sequence[str]:
     if list(exports) != [""]:
         raise BenchmarkError("qemu-nbd serves one image only")
-    command = ["qemu-nbd", "-f", "raw", "-t", "-e", str(connections)]
+    command = ["qemu-nbd", "-f", form, "-t", "-e", str(connections)]
     if not write:
         command.append("-r")
     command += ["-b", "127.0.0.1", "-p", str(port)] if port else ["-k", path]

@@ -164,7 +164,9 @@ def _table(report: Report, *, spread: bool) -> tuple[list[str], list[list[str]]]
 
 
 def _rate(row: Row, peer: Peer) -> str:
-    return f"{row.medians[peer]:,.0f}" if peer in row.medians else "failed"
+    if peer in row.medians:
+        return f"{row.medians[peer]:,.0f}"
+    return "failed" if row.cell.takes(peer) else "-"
 
 
 def _ratio(ratio: Ratio | None, *, spread: bool) -> str:

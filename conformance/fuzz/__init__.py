@@ -16,6 +16,6 @@ A reader passes a case by serving it consistently, or by a DiskError of one line
 (and, for CorruptImage, the offset). Anything else is a *finding*: another exception, a crash, a
 hang, memory, a leaked descriptor, bytes from outside the image's files, a hole that is not zero.
 
-A case is determined by seed, format and number. The specimens are not: the tools put the time of day
-and random identifiers into them. So the bytes of a finding are kept, and ``--replay`` takes them.
+A case is determined by seed, format and number. The specimens are not: the tools put the time of
+day and random identifiers into them. So the bytes of a finding are kept; ``--replay`` takes them.
 """

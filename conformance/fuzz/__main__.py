@@ -31,6 +31,7 @@ QUICK_S = 2.5
 @click.option("--cases", type=click.IntRange(0), help="Per format, instead of a time.")
 @click.option("--seed", type=int, help="Default: another one each time; it is printed.")
 @click.option("--first", type=click.IntRange(0), default=0, help="Number of the first case.")
+@click.option("--peer", is_flag=True, help="Ask qemu-img about each image that is accepted.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="For findings.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the result too.")
 @click.option("--replay", "kept", type=click.Path(exists=True, path_type=Path), help="A finding.")
@@ -40,6 +41,8 @@ def main(
     cases: int | None,
     seed: int | None,
     first: int,
+    *,
+    peer: bool,
     keep: Path | None,
     json_file: Path | None,
     kept: Path | None,
@@ -67,7 +70,7 @@ def main(
         except (MissingPeerError, CheckFailedError) as error:
             absent.append((name, str(error)))
             continue
-        tallies.append(Hunt(made, chosen, place).run(wanted, first))
+        tallies.append(Hunt(made, chosen, place, peer=peer).run(wanted, first))
         if sys.stderr.isatty():
             click.echo(f"{name}: {tallies[-1].cases} cases", err=True)
     click.echo(render(tallies, absent))
@@ -94,9 +97,7 @@ def _missing(name: str) -> str:
     return ""
 
 
-def _record(
-    seed: int, tallies: list[Tally], absent: list[tuple[str, str]]
-) -> dict[str, object]:
+def _record(seed: int, tallies: list[Tally], absent: list[tuple[str, str]]) -> dict[str, object]:
     rows = [
         {
             "format": tally.format,

@@ -53,10 +53,14 @@ class FoundError(Exception):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a case: ``accepted``, ``refused`` at open, or ``broken`` at some read."""
+    """What became of a case: ``accepted``, ``refused`` at open, or ``broken`` at some read.
+
+    ``beginning`` is what was read from an accepted one.
+    """
 
     verdict: str
     detail: str = ""
+    beginning: bytes = b""
 
 
 async def examine(
@@ -68,6 +72,7 @@ async def examine(
         FoundError: a finding; any other exception is one, too.
     """
     descriptors = open_descriptors()
+    beginning = bytearray()
     try:
         disk = await open_source(parse_source(source), workers)
     except NbdsrvError as error:
@@ -75,11 +80,11 @@ async def examine(
         _check_descriptors(descriptors)
         return Outcome("refused", str(error))
     try:
-        problem = await _look_around(disk, names, rng, content)
+        problem = await _look_around(disk, names, rng, content, beginning)
     finally:
         await disk.close()
     _check_descriptors(descriptors)
-    return Outcome("broken", problem) if problem else Outcome("accepted")
+    return Outcome("broken", problem) if problem else Outcome("accepted", "", bytes(beginning))
 
 
 def open_descriptors() -> int:
@@ -101,16 +106,18 @@ def _check_message(error: NbdsrvError, names: Sequence[str]) -> None:
         raise FoundError("message", f"{len(text)} characters: {text[:300]}")
     if not any(name in text for name in names):
         raise FoundError("message", f"names no file: {text}")
-    if isinstance(error, CorruptImage) and not (
-        _CORRUPT.match(text) or _CORRUPT_CHAIN.match(text)
-    ):
+    if isinstance(error, CorruptImage) and not (_CORRUPT.match(text) or _CORRUPT_CHAIN.match(text)):
         raise FoundError("message", f"CorruptImage without an offset: {text}")
 
 
 async def _look_around(
-    disk: Disk, names: Sequence[str], rng: random.Random, content: bytes | None
+    disk: Disk,
+    names: Sequence[str],
+    rng: random.Random,
+    content: bytes | None,
+    beginning: bytearray,
 ) -> str:
-    """The first problem a read met, "" if there was none."""
+    """The first problem a read met, "" if there was none; fills ``beginning``."""
     if not 0 <= disk.size <= MAX_SIZE:
         raise FoundError("size", f"a disk of {disk.size} bytes")
     json.dumps(dict(disk.facts))
@@ -120,7 +127,9 @@ async def _look_around(
     places: list[tuple[int, int, int]] = []
     for offset, length in _windows(disk.size, rng):
         try:
-            await _look(disk, offset, length, content, places if offset < BEGINNING else [])
+            data = await _look(disk, offset, length, content, places if offset < BEGINNING else [])
+            if offset == len(beginning) < BEGINNING:
+                beginning += data
         except DiskError as error:
             _check_message(error, names)
             problem = problem or str(error)
@@ -153,7 +162,7 @@ async def _look(
     length: int,
     content: bytes | None,
     places: list[tuple[int, int, int]],
-) -> None:
+) -> bytearray:
     extents = await _extents(disk, offset, length)
     for context in disk.contexts:
         await disk.status(context, offset, length)
@@ -171,6 +180,7 @@ async def _look(
     if content is not None and first != content[offset : offset + length]:
         differing = next(i for i in range(length) if first[i] != content[offset + i])
         raise FoundError("content", f"wrong bytes from {offset + differing} on")
+    return first
 
 
 async def _extents(disk: Disk, offset: int, length: int) -> list[tuple[int, int, int]]:
@@ -188,9 +198,7 @@ async def _extents(disk: Disk, offset: int, length: int) -> list[tuple[int, int,
     return found
 
 
-def _check_runs(
-    runs: Sequence[Run], length: int, places: list[tuple[int, int, int]]
-) -> None:
+def _check_runs(runs: Sequence[Run], length: int, places: list[tuple[int, int, int]]) -> None:
     covered = 0
     for run in runs:
         if run.length < 1:

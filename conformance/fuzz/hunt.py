@@ -3,7 +3,7 @@
 ::
 
     hunt ── number ──> victim          end: counted, or kept as a finding
-         <── begin, end ──             nothing for too long: SIGABRT (faulthandler tells where), next child
+         <── begin, end ──             too long: SIGABRT (faulthandler says where), next child
 
 Deadlines are in processor time of the child, so that a busy machine makes no findings; a child that
 neither works nor answers gets a generous wall clock.
@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from conformance.fuzz.specimen import Specimen, is_bomb_turn
 from conformance.process import PROJECT, tail
@@ -72,7 +73,11 @@ class Finding:
 
 @dataclass(slots=True)
 class Tally:
-    """What a format's cases came to."""
+    """What a format's cases came to.
+
+    Attributes:
+        lenient: what qemu-img said against images that were accepted, without names and numbers.
+    """
 
     format: str
     cases: int = 0
@@ -82,13 +87,17 @@ class Tally:
     peak: int = 0
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+    lenient: Counter[str] = field(default_factory=Counter)
 
 
 class Hunt:
     """All cases of one format."""
 
-    def __init__(self, specimens: Sequence[Specimen], seed: int, keep: Path) -> None:
-        """Findings go below ``keep``, which is made when there is one."""
+    def __init__(
+        self, specimens: Sequence[Specimen], seed: int, keep: Path, *, peer: bool = False
+    ) -> None:
+        """Findings go below ``keep``, which is made when there is one; ``peer``: see ``peer``."""
+        self._peer = peer
         self._specimens = specimens
         self._seed = seed
         self._keep = keep
@@ -109,7 +118,7 @@ class Hunt:
             numbers = self._numbers(wanted, first, began)
             number = next(numbers, None)
             while number is not None:
-                with _Child(path, self._seed, directory) as child:
+                with _Child(path, self._seed, directory, peer=self._peer) as child:
                     number = self._feed(child, number, numbers)
         self.tally.seconds = time.monotonic() - began
         return self.tally
@@ -152,6 +161,8 @@ class Hunt:
             self._keep_finding(child, number, verdict, answer)
         elif verdict == "accepted":
             tally.accepted += 1
+            if answer.get("peer") == "lenient":
+                tally.lenient[_DIGITS.sub("#", answer["detail"])] += 1
         elif verdict == "refused":
             tally.refused += 1
         else:
@@ -214,17 +225,17 @@ def _scratch() -> Iterator[Path]:
 class _Child:
     """A victim, from its start until it is gone."""
 
-    def __init__(self, specimens: Path, seed: int, directory: Path) -> None:
+    def __init__(self, specimens: Path, seed: int, directory: Path, *, peer: bool) -> None:
         self._errors = directory / "stderr"
         self._command = [
             *(sys.executable, "-X", "faulthandler", "-m", "conformance.fuzz.victim"),
-            *(str(specimens), str(seed)),
+            *(str(specimens), str(seed), *(["peer"] if peer else [])),
         ]
         self.case = directory / "case"
         self.gone = False
         self._pending = b""
 
-    def __enter__(self) -> "_Child":
+    def __enter__(self) -> Self:
         shutil.rmtree(self.case, ignore_errors=True)
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -242,7 +253,8 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

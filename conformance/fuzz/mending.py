@@ -6,6 +6,7 @@ finds what carries them. They are written from the formats' own descriptions, no
 
 import struct
 import zlib
+from functools import lru_cache
 
 __all__ = ["crc32c", "mend_gpt", "mend_tar", "mend_vhd", "mend_vhdx", "mend_xz"]
 
@@ -40,9 +41,9 @@ def _crc32c_table() -> list[int]:
 
 
 _CRC32C = _crc32c_table()
-_ZEROES_4K = bytes(4096)
 
 
+@lru_cache(maxsize=256)  # most structures of most mutants are as they were, and this is slow
 def crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli)."""
     crc, table = 0xFFFFFFFF, _CRC32C

@@ -25,6 +25,9 @@ def render(tallies: Sequence[Tally], absent: Sequence[tuple[str, str]]) -> str:
     text += [f"{name}: {why}" for name, why in absent]
     for tally in tallies:
         text += _findings(tally)
+        if tally.lenient:
+            text += ["", f"{tally.format}: accepted, but not by qemu-img, which says:"]
+            text += [f"  {n} x {said}" for said, n in tally.lenient.most_common(SHOWN)]
     return "\n".join(text)
 
 
@@ -45,7 +48,8 @@ def _findings(tally: Tally) -> list[str]:
     lines = ["", f"{tally.format}: {len(alike)} kinds of findings"]
     for group in sorted(alike.values(), key=len, reverse=True)[:SHOWN]:
         one = min(group, key=lambda found: len(found.done))
-        lines.append(f"  {len(group)} x {one.kind}, case {one.number} ({one.specimen}): {one.detail}")
+        where = f"case {one.number} ({one.specimen})"
+        lines.append(f"  {len(group)} x {one.kind}, {where}: {one.detail}")
         kept = f"; kept in {one.kept}" if one.kept else ""
         lines.append(f"    {', '.join(one.done) or 'not mutated'}{kept}")
     return lines

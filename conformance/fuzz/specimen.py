@@ -5,15 +5,24 @@
     file     |header|..zeroes..|table|====guest data====|table|..
     pieces   |  m   |          |  m  |                  |  m  |      metadata: worth mutating
 
-Guest data is told from metadata by its sectors: they are random and known. What is neither known nor
-zero is metadata (or compressed), whatever the format.
+Guest data is told from metadata by its sectors: they are random and known. What is neither known
+nor zero is metadata (or compressed), whatever the format.
 """
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["KIB", "MIB", "SECTOR", "Mend", "Specimen", "guest_content", "is_bomb_turn", "spread_content"]
+__all__ = [
+    "KIB",
+    "MIB",
+    "SECTOR",
+    "Mend",
+    "Specimen",
+    "guest_content",
+    "is_bomb_turn",
+    "spread_content",
+]
 
 SECTOR = 512
 KIB = 1024
@@ -36,6 +45,7 @@ class Specimen:
         content: what a reader finds in it, or None where only refusal or acceptance matters.
         mend: makes a file's checksums right; called for each mutated file.
         known: guest data that is in the files besides ``content``, a backing file's for instance.
+        peer: does qemu-img read it? Not differencing images, for instance.
         bomb: not mutated, only given to the reader: unpacking it carelessly costs everything.
     """
 
@@ -46,6 +56,7 @@ class Specimen:
     content: bytes | None
     mend: Mend | None = None
     bomb: bool = False
+    peer: bool = True
     known: bytes = b""
     _metadata: dict[str, list[int]] = field(default_factory=dict)
 

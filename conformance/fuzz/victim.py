@@ -5,8 +5,8 @@
     stdin    {"number": 7, "directory": ...}     stdout   {"event": "begin", "number": 7}
                                                           {"event": "end", "number": 7, ...}
 
-Started as ``python -m conformance.fuzz.victim SPECIMENS SEED``. If it dies or hangs, the last "begin"
-says in which case. Standard error holds what faulthandler has to say about it.
+Started as ``python -m conformance.fuzz.victim SPECIMENS SEED [peer]``. If it dies or hangs, the last
+"begin" says in which case. Standard error holds what faulthandler has to say about it.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ import uvloop
 
 from conformance.fuzz.examine import FoundError, Outcome, examine
 from conformance.fuzz.mutations import Mutant, mutate
+from conformance.fuzz.peer import KNOWN, second_opinion
 from conformance.fuzz.specimen import Specimen, is_bomb_turn
 from nbdsrv.disk.workers import Workers
 
@@ -79,9 +80,10 @@ def write_files(mutant: Mutant, directory: Path) -> None:
 
 
 class _Victim:
-    def __init__(self, specimens: Sequence[Specimen], seed: int) -> None:
+    def __init__(self, specimens: Sequence[Specimen], seed: int, *, peer: bool) -> None:
         self._specimens = specimens
         self._seed = seed
+        self._peer = peer and specimens[0].format in KNOWN
         self._workers = Workers()
         self._stray: list[str] = []
 
@@ -107,6 +109,14 @@ class _Victim:
         source = specimen.source.replace("{}", str(directory))
         rng = random.Random(number)
         outcome = await self._judge(source, list(case.mutant.files), rng, case.content)
+        if self._peer and specimen.peer and outcome.verdict == "accepted":
+            image = Path(source.partition(":")[2])
+            opinion, why = second_opinion(specimen.format, image, outcome.beginning)
+            told["peer"] = opinion
+            if opinion == "differs":
+                outcome = Outcome("differs", why)
+            elif opinion == "lenient":
+                outcome = Outcome("accepted", why)
         # Kept for its parent where something is wrong; it knows the directory.
         if outcome.verdict in {"accepted", "refused", "broken"}:
             shutil.rmtree(directory)
@@ -160,11 +170,11 @@ def _limit_address_space() -> None:
 def main() -> None:
     """Run until standard input ends."""
     faulthandler.enable()
-    path, seed = sys.argv[1:]
+    path, seed, *options = sys.argv[1:]
     with open(path, "rb") as file:
         specimens = pickle.load(file)
     _limit_address_space()
-    uvloop.run(_Victim(specimens, int(seed)).serve())
+    uvloop.run(_Victim(specimens, int(seed), peer="peer" in options).serve())
 
 
 if __name__ == "__main__":

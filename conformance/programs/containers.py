@@ -113,9 +113,7 @@ def _register() -> None:
 _register()
 
 
-@check(
-    "partitions", "mounted out of a qcow2", needs=(*NEEDS, "sfdisk", "mkfs.ext4", "nbdfuse", "mount")
-)
+@check("partitions", "mounted", needs=(*NEEDS, "sfdisk", "mkfs.ext4", "nbdfuse", "mount", "umount"))
 def mounted(context: Context) -> None:
     """A partition of a compressed qcow2, as a file of nbdfuse, as a mounted file system."""
     if os.geteuid() != 0 or not Path("/dev/loop-control").exists():

@@ -1,8 +1,8 @@
 """Images of every format that qemu-img creates, served and mapped as qemu-img reads them.
 
-One check per sub-format: nbdcopy's download over our server has the SHA-256 of ``qemu-img convert``,
-``qemu-img compare`` finds our export identical to the image, ``qemu-img map`` and ``nbdsrv map``
-call the same bytes data.
+One check per sub-format: nbdcopy's download over our server has the SHA-256 of
+``qemu-img convert``, ``qemu-img compare`` finds our export identical to the image, ``qemu-img map``
+and ``nbdsrv map`` call the same bytes data.
 """
 
 import json
@@ -65,7 +65,7 @@ WITHOUT_MAP = {"vhdx"}
 """Formats of which qemu-img 7.2 says no more than that all of it is data."""
 
 LOOKED_THROUGH = {"preallocated", "static"}
-"""Of what these have allocated, QEMU asks the host's file system where holes are; we call it data."""
+"""Of what these have allocated, QEMU asks the host's file system for holes; we call it data."""
 
 
 def _image(context: Context, form: str, feature: str, options: str, *flags: str) -> None:

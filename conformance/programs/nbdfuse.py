@@ -27,9 +27,7 @@ NEEDS = ("nbdfuse",)
 MOUNT_TIMEOUT_S = 10.0
 
 
-def fuse_mount(
-    context: Context, server: Server, *options: str
-) -> tuple[Path, Callable[[], None]]:
+def fuse_mount(context: Context, server: Server, *options: str) -> tuple[Path, Callable[[], None]]:
     """Mount the default export as a file; return its path, and what unmounts it."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MissingPeerError("/dev/fuse is not usable")

@@ -1,9 +1,12 @@
 """A qcow2 served with --write: what clients wrote is there, and ``qemu-img check`` is content."""
 
+import subprocess
+
 from conformance.context import Context
 from conformance.golden import Golden, expect_same_content, read_back, served
 from conformance.image import file_digest
-from conformance.registry import check, expect
+from conformance.process import find_program
+from conformance.registry import check, expect, expect_in
 
 NEEDS = ("qemu-img", "qemu-io")
 
@@ -75,15 +78,20 @@ def killed(context: Context) -> None:
     expect(golden.raw.digest(), read_back(context, path, "qcow2"), "sha256 afterwards")
 
 
-@check("qcow2 --write", "locked", needs=(*NEEDS, "nbdsh"))
+@check("qcow2 --write", "locked", needs=(*NEEDS, "nbdcopy"))
 def locked(context: Context) -> None:
     """While a client has it open, QEMU does not write to the image; afterwards it may."""
     path = Golden(context).convert("qcow2", "disk.qcow2")
     server = served(context, path, write=True)
     write = ("qemu-io", "-f", "qcow2", "-c", "write 0 4k", path)
-    quoted = " ".join(f"'{word}'" for word in map(str, write))
-    # nbdinfo's connection would be over too soon: nbdsh runs QEMU in the middle of one.
-    script = f"import os; assert os.system(\"{quoted} 2>/dev/null >/dev/null\") != 0"
-    context.run("nbdsh", "--uri", server.uri(), "-c", script)
+    # A client that stays: nbdcopy into a pipe nobody reads from.
+    with subprocess.Popen(
+        [find_program("nbdcopy"), server.uri(), "-"], stdout=subprocess.PIPE
+    ) as client:
+        assert client.stdout is not None
+        client.stdout.read(1)
+        finished = context.run(*write, code=None)
+        client.kill()
+    expect_in("lock", finished.stderr, "qemu-io's error")
     server.stop()
     context.run(*write)

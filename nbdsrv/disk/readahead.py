@@ -37,7 +37,8 @@ class ReadAhead(Shelved):
         self, workers: Workers, inside: Disk, *, chunk: int = CHUNK, window: int = WINDOW
     ) -> None:
         """``window``: bytes of memory; at least one chunk."""
-        super().__init__(workers, inside, chunk, max(window // chunk, 1))
+        self._chunks = max(window // chunk, 1)
+        super().__init__(workers, inside, chunk, self._chunks)
         self._streams: OrderedDict[int, int] = OrderedDict()  # where it goes on: reads so far
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -58,10 +59,15 @@ class ReadAhead(Shelved):
             self._streams.popitem(last=False)
         if reads < SEQUENTIAL:
             return False
-        block = self._shelf.block
-        ahead = min(1 << (reads - SEQUENTIAL), MAX_AHEAD) if reads < 64 else MAX_AHEAD
+        block, ahead = self._shelf.block, self._ahead(reads - SEQUENTIAL)
         first = -(-end // block)
         for index in range(first, min(first + ahead, -(-self.size // block))):
             if index not in self._shelf:
                 self._shelf.fetch(index, 1)
         return True
+
+    def _ahead(self, reads: int) -> int:
+        """How many chunks: growing, but never what another reader is about to come to."""
+        readers = sum(reads >= SEQUENTIAL for reads in self._streams.values())
+        share = max(self._chunks // readers - 1, 1)  # one it is reading from
+        return min(1 << min(reads, 16), MAX_AHEAD, share)

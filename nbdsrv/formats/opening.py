@@ -147,7 +147,9 @@ async def open_file(file: ImageFile, kind: str, opening: Opening, *, probed: boo
     where = _FORMATS.get(kind)
     if where is None:
         hint = f"; raw:{file.path} serves the file as it is" if probed else ""
-        raise UnsupportedImage(f"{file.path}: {kind} images are not served{hint}")
+        # The name may come from inside an image.
+        shown = kind if kind.isidentifier() and len(kind) < 20 else repr(kind[:20])
+        raise UnsupportedImage(f"{file.path}: {shown} images are not served{hint}")
     if opening.snapshot and kind != "qcow2":
         raise UnsupportedImage(f"{file.path}: {kind} images have no internal snapshots")
     if opening.member and kind not in {"ova", "xva"}:

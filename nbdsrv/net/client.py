@@ -145,8 +145,7 @@ class Client:
         return pending.statuses
 
     def _pend(self, verb: str, offset: int, length: int) -> Pending:
-        what = f"{verb} {length} bytes at {offset}" if length else verb
-        return Pending(what, offset, length, self._loop.create_future())
+        return Pending(verb, offset, length, self._loop.create_future())
 
     async def _ask(
         self, pending: Pending, moved: int, make: Callable[[], tuple[int, bytes]]

@@ -35,7 +35,7 @@ class Pending:
     """One request in flight.
 
     Attributes:
-        what: for messages.
+        verb: for messages.
         offset: bytes, where the request begins.
         length: bytes.
         answered: done when the answer is complete.
@@ -48,7 +48,7 @@ class Pending:
         statuses: extents by context id.
     """
 
-    what: str
+    verb: str
     offset: int
     length: int
     answered: "asyncio.Future[None]"
@@ -62,6 +62,11 @@ class Pending:
 
     def __post_init__(self) -> None:
         self.good = self.offset
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return f"{self.verb} {self.length} bytes at {self.offset}" if self.length else self.verb
 
     def take(self, offset: int, data: memoryview) -> None:
         """Bytes of the answer; the protocol has checked that they are within the request."""

@@ -124,6 +124,9 @@ class NbdDisk(Disk):
         """Fill ``buffer`` in pieces; on an error all before its offset is good."""
         length = len(buffer)
         self._check(offset, length)
+        if length and offset % self._piece + length <= self._piece:
+            await self._read(offset, buffer)
+            return
 
         async def one(at: int, count: int) -> None:
             await self._read(at, buffer[at - offset : at - offset + count])
@@ -132,10 +135,10 @@ class NbdDisk(Disk):
 
     async def _read(self, offset: int, view: memoryview) -> None:
         """A piece; one that is not in whole blocks is read as a larger one and cut."""
-        begin, end = self._whole_blocks(offset, len(view))
-        if (begin, end) == (offset, offset + len(view)):
+        if not (offset | len(view)) & (self._aligned - 1):
             await self._read_whole(offset, view)
             return
+        begin, end = self._whole_blocks(offset, len(view))
         block = memoryview(bytearray(end - begin))
         try:
             await self._read_whole(begin, block)

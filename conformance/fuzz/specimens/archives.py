@@ -106,7 +106,10 @@ def xva(directory: Path) -> list[Specimen]:
     return [
         _archive("xva", "one disk", _xva({"Ref:3": whole}, ".checksum"), "", whole),
         _archive(
-            "xva", "two disks", _xva({"Ref:3": whole, "Ref:7": whole[:MIB]}, ".xxhash"), "#Ref:7",
+            "xva",
+            "two disks",
+            _xva({"Ref:3": whole, "Ref:7": whole[:MIB]}, ".xxhash"),
+            "#Ref:7",
             whole[:MIB],
         ),
     ]

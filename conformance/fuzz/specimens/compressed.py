@@ -109,7 +109,7 @@ def _xz_bomb() -> bytes:
 
 
 def zstd_images(directory: Path) -> list[Specimen]:
-    """One frame with and without its size, frames, the seekable format, skippable frames, a bomb."""
+    """One frame, with its size and without; many; the seekable format; skippable ones; a bomb."""
     del directory
     content = guest_content(SIZE)
     plain = zstandard.ZstdCompressor(write_checksum=True)

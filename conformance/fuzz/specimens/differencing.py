@@ -85,7 +85,7 @@ def vhd(directory: Path) -> list[Specimen]:
     files = {"child.vhd": bytes(child), name: parent}
     source = "vhd:{}/child.vhd"
     known = _parent_content() + _child_content()
-    return [Specimen("vhd", "child", files, source, _together(), mend_vhd, known=known)]
+    return [Specimen("vhd", "child", files, source, _together(), mend_vhd, known=known, peer=False)]
 
 
 def _vhd_bitmap(block: int) -> bytes:
@@ -109,7 +109,9 @@ def vdi(directory: Path) -> list[Specimen]:
             content[block * MIB : (block + 1) * MIB] = own[block * MIB : (block + 1) * MIB]
     files = {"child.vdi": bytes(child), "parent.vdi": parent}
     known = _parent_content() + own
-    return [Specimen("vdi", "child", files, "vdi:{}/child.vdi", bytes(content), known=known)]
+    return [
+        Specimen("vdi", "child", files, "vdi:{}/child.vdi", bytes(content), known=known, peer=False)
+    ]
 
 
 _LOCATOR_ITEM = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le
@@ -117,8 +119,9 @@ _LOCATOR_TYPE = uuid.UUID("b04aefb7-d19e-4a81-b789-25b8e9445913").bytes_le
 _PARAMETERS = uuid.UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
 _BAT_REGION = uuid.UUID("2dc27766-f623-4200-9d64-115e9bfd4a08").bytes_le
 _METADATA_REGION = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
+_PRESENT = 6
+"""Of payload and of sector bitmap blocks."""
 _PARTIAL = 7
-_BITMAP_PRESENT = 6
 
 
 def vhdx(directory: Path) -> list[Specimen]:
@@ -138,7 +141,9 @@ def vhdx(directory: Path) -> list[Specimen]:
     files = {"child.vhdx": bytes(child), "parent.vhdx": parent}
     known = _parent_content() + _child_content()
     source = "vhdx:{}/child.vhdx"
-    return [Specimen("vhdx", "child", files, source, _together(), mend_vhdx, known=known)]
+    return [
+        Specimen("vhdx", "child", files, source, _together(), mend_vhdx, known=known, peer=False)
+    ]
 
 
 def _regions(data: bytearray) -> dict[bytes, int]:
@@ -186,10 +191,9 @@ def _make_partial(data: bytearray, table: int) -> None:
             bitmap[sector // 8] |= 1 << sector % 8
     for block in range(SIZE // MIB):
         entry = int.from_bytes(data[table + 8 * block : table + 8 * block + 8], "little")
-        if entry & 7:
-            partial = entry & ~7 | _PARTIAL
-            data[table + 8 * block : table + 8 * block + 8] = partial.to_bytes(8, "little")
+        partial = entry & ~7 | _PARTIAL if entry & 7 == _PRESENT else 0
+        data[table + 8 * block : table + 8 * block + 8] = partial.to_bytes(8, "little")
     data += bytes(-len(data) % MIB)
     where = table + 8 * ratio
-    data[where : where + 8] = (len(data) | _BITMAP_PRESENT).to_bytes(8, "little")
+    data[where : where + 8] = (len(data) | _PRESENT).to_bytes(8, "little")
     data += bitmap

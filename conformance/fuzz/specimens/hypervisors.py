@@ -1,7 +1,7 @@
-"""What qemu-img and qemu-io can write: every sub-format with data, text, zeroes and untouched parts.
+"""What qemu-img and qemu-io can write: every sub-format, with data, text, zeroes, untouched parts.
 
-Rule: small. A case costs what its files weigh, and a table of ten entries has all the corners one of
-a million has.
+Rule: small. A case costs what its files weigh, and a table of ten entries has all the corners one
+of a million has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,19 @@ from conformance.fuzz.mending import mend_vhd, mend_vhdx
 from conformance.fuzz.specimen import KIB, MIB, Mend, Specimen, guest_content, spread_content
 from conformance.process import run
 
-__all__ = ["SMALL", "LARGE", "Bench", "parallels", "qcow", "qcow2", "qcow2_features", "raw", "vdi", "vhd", "vhdx", "vmdk"]
+__all__ = [
+    "SMALL",
+    "Bench",
+    "parallels",
+    "qcow",
+    "qcow2",
+    "qcow2_features",
+    "raw",
+    "vdi",
+    "vhd",
+    "vhdx",
+    "vmdk",
+]
 
 SMALL = 200 * KIB + 512
 MEDIUM = 640 * KIB + 512
@@ -61,7 +73,9 @@ class Bench:
         files = {name: (self.directory / name).read_bytes() for name in names}
         source = f"{form}:{{}}/{names[0]}{suffix}"
         found = content or self.content
-        return Specimen(form, label, files, source, found, mend, known=self.content)
+        return Specimen(
+            form, label, files, source, found, mend, known=self.content, peer=not suffix
+        )
 
 
 def raw(directory: Path) -> list[Specimen]:
@@ -182,7 +196,8 @@ def vmdk(directory: Path) -> list[Specimen]:
     bench = Bench(directory, guest_content(MEDIUM))
     made = _converted(bench, "vmdk", "vmdk", {"sparse": ("subformat=monolithicSparse",)})
     made += _converted(bench, "vmdk", "vmdk", {"stream": ("subformat=streamOptimized",)})
-    extents = {"monolithicFlat": "flat", "twoGbMaxExtentSparse": "s001", "twoGbMaxExtentFlat": "f001"}
+    extents = {"monolithicFlat": "flat"}
+    extents |= {"twoGbMaxExtentSparse": "s001", "twoGbMaxExtentFlat": "f001"}
     for kind, suffix in extents.items():
         bench.convert("vmdk", f"{kind}.vmdk", f"subformat={kind}")
         made.append(bench.specimen("vmdk", kind, [f"{kind}.vmdk", f"{kind}-{suffix}.vmdk"]))

@@ -61,9 +61,7 @@ def vmdk(directory: Path) -> list[Specimen]:
         }
         known = changed + base
         _prove(directory / kind, files, bytes(content))
-        made.append(
-            Specimen("vmdk", kind, files, "vmdk:{}/top.vmdk", bytes(content), known=known)
-        )
+        made.append(Specimen("vmdk", kind, files, "vmdk:{}/top.vmdk", bytes(content), known=known))
     return made
 
 
@@ -79,7 +77,11 @@ def _prove(directory: Path, files: dict[str, bytes], content: bytes) -> None:
 def _descriptor(kind: str, extent: str, file: str, cid: str, parent: str) -> bytes:
     hint = 'parentFileNameHint="base.vmdk"' if parent != "ffffffff" else ""
     return _DESCRIPTOR.format(
-        **{"kind": kind, "extent": extent, "file": file, "cid": cid, "parent": parent},
+        kind=kind,
+        extent=extent,
+        file=file,
+        cid=cid,
+        parent=parent,
         hint=hint,
         sectors=SIZE // SECTOR,
     ).encode()

@@ -5,16 +5,17 @@
     file   |m|m|m|m|m|m|m|m|m|m|m|m|         26 bytes are read of each: size, and what it unpacks to
     disk   |   block 0   |  block 1  |       members together until there are 256 KiB
 
-Nothing is inflated for the index. Every member's checksum is verified when it is read.
+Nothing is inflated for the index. Every member's checksum is verified when it is read. The last
+member is an empty one; without it the file has been cut short.
 """
 
-import zlib
 from array import array
 from collections.abc import Generator
 from struct import Struct
+from typing import cast
 
 from construct import ConstructError
-from isal import igzip_lib, isal_zlib
+from isal import isal_zlib
 
 from nbdsrv.formats.compressed.source import MAX_BLOCKS, BlockSource
 from nbdsrv.formats.compressed.structs import BgzfHeader
@@ -31,6 +32,8 @@ LEAST_MEMBER = HEADER_SIZE + 8
 """A header and a trailer."""
 MEMBERS_A_STEP = 256
 
+_BROKEN = cast("type[Exception]", isal_zlib.error)
+"""Its stubs take the class for an instance."""
 _LOOK = Struct(f"<4s6x6sH{HEADER_SIZE - 18}x")
 """The same as BgzfHeader, for every one of millions of members."""
 _FIRST, _EXTRA = b"\x1f\x8b\x08\x04", b"\6\0BC\2\0"
@@ -66,7 +69,7 @@ class BgzfSource(BlockSource):
         state = isal_zlib.decompressobj(wbits=31)
         try:
             data = state.decompress(member, MAX_MEMBER + 1)
-        except (igzip_lib.IsalError, zlib.error) as error:
+        except _BROKEN as error:
             raise self._file.corrupt(position, f"a broken gzip member ({error})") from error
         if not state.eof:
             raise self._file.corrupt(position, "a gzip member that does not end where it says")
@@ -86,7 +89,7 @@ def survey_bgzf(file: ImageFile) -> Generator[None, None, BlockSource | None]:
     """Go from member to member; None if some member is not BGZF, or there are too many."""
     starts, positions = array("Q"), array("Q")
     least, at, offset, block_start = LEAST_BLOCK, 0, 0, -LEAST_BLOCK
-    members = 0
+    members, unpacked = 0, 1
     while at < file.size:
         size = _member_size(file.read_up_to(at, HEADER_SIZE))
         if size < LEAST_MEMBER or at + size > file.size:
@@ -106,6 +109,8 @@ def survey_bgzf(file: ImageFile) -> Generator[None, None, BlockSource | None]:
         members += 1
         if not members % MEMBERS_A_STEP:
             yield
+    if unpacked:  # bgzip ends with a member of nothing, for whoever wonders
+        raise file.corrupt(at, "no end marker, was the file cut short?")
     positions.append(at)
     return BgzfSource(file, starts, positions, offset)
 

@@ -58,7 +58,6 @@ class GzipSource(BlockSource):
         self._file = file
         self.size = 0
         self.starts = range(0)
-        self.zero: bytearray = bytearray()
         self.facts: Mapping[str, object] = {}
         self._checkpoints: list[_Checkpoint] = []
         self._distance = UNIT
@@ -72,7 +71,7 @@ class GzipSource(BlockSource):
     def survey(self) -> Generator[None, None, None]:
         """Inflate everything once. Blocking."""
         inflater = Inflater(self._file, 0, 0, None)
-        zeroes = _ZeroUnits(self.zero)
+        zeroes = _ZeroUnits()
         while True:
             if inflater.between_members:
                 if inflater.at_end():
@@ -82,7 +81,7 @@ class GzipSource(BlockSource):
             zeroes.add(inflater.more())
             yield
         zeroes.finish()
-        self.size = inflater.offset
+        self.size, self.zero = inflater.offset, zeroes.flags
         self.starts = range(0, self.size, UNIT)
         self.facts = {
             "compression": "gzip",
@@ -144,8 +143,8 @@ def _offset_of(checkpoint: _Checkpoint) -> int:
 class _ZeroUnits:
     """Notes for each unit whether all of it is zeroes."""
 
-    def __init__(self, flags: bytearray) -> None:
-        self._flags = flags
+    def __init__(self) -> None:
+        self.flags = bytearray()
         self._filled = 0
         self._zero = True
 
@@ -164,7 +163,7 @@ class _ZeroUnits:
     def finish(self) -> None:
         """End the unit."""
         if self._filled:
-            self._flags.append(self._zero)
+            self.flags.append(self._zero)
         self._filled, self._zero = 0, True
 
 

@@ -17,13 +17,14 @@ from nbdsrv.errors import UnsupportedImage
 from nbdsrv.formats.compressed.bgzf import is_bgzf, survey_bgzf
 from nbdsrv.formats.compressed.gzip import survey_gzip
 from nbdsrv.formats.compressed.reader import CompressedDisk
-from nbdsrv.formats.compressed.source import BlockSource, Survey, in_turns
+from nbdsrv.formats.compressed.source import BlockSource, Survey
 from nbdsrv.formats.compressed.spool import SpooledDisk, unpack
 from nbdsrv.formats.compressed.xz import survey_xz
 from nbdsrv.formats.compressed.zstd import survey_zstd
 from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.opening import Opening, open_file
 from nbdsrv.formats.probe import FOOTER, _recognise, probe_file
+from nbdsrv.formats.turns import in_turns
 
 __all__ = ["open_gzip", "open_xz", "open_zstd"]
 

@@ -15,22 +15,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from time import monotonic
-from typing import TypeVar
 
-from nbdsrv.disk.workers import Workers
-
-__all__ = ["MAX_BLOCK", "MAX_BLOCKS", "BlockSource", "Room", "Survey", "in_turns"]
-
-T = TypeVar("T")
+__all__ = ["MAX_BLOCK", "MAX_BLOCKS", "BlockSource", "Room", "Survey"]
 
 MAX_BLOCK = 64 << 20
 """Decoded bytes of a block that is still worth decoding for a read; ``xz -T0`` makes 24 MiB at its
 default level and 48 at -7. Streams with larger ones are unpacked once."""
 MAX_BLOCKS = 1 << 21
 """Blocks of a file; each costs some 24 bytes of memory."""
-TURN_S = 0.1
-"""Seconds of a survey that are done in one go."""
 
 
 class BlockSource(ABC):
@@ -100,27 +92,3 @@ class Room:
             with self._changed:
                 self._free += amount
                 self._changed.notify_all()
-
-
-async def in_turns(workers: Workers, steps: Generator[None, None, T]) -> T:
-    """Run a generator to its end in a thread, a little at a time; its result.
-
-    Cancelled between turns, it is closed where it stands.
-    """
-    try:
-        while True:
-            result = await workers.run(_one_turn, steps)
-            if result:
-                return result[0]
-    finally:
-        steps.close()
-
-
-def _one_turn(steps: Generator[None, None, T]) -> tuple[()] | tuple[T]:
-    until = monotonic() + TURN_S
-    try:
-        while monotonic() < until:
-            next(steps)
-    except StopIteration as end:
-        return (end.value,)
-    return ()

@@ -116,7 +116,7 @@ class Qcow2Disk(MappedDisk):
         first = offset >> table_bits
         count = (offset + length - 1 >> table_bits) - first + 1
         l1_at = self._l1_position + first * 8
-        raw = self.file.read(l1_at, count * 8, "the L1 table")
+        raw = self._read_metadata(l1_at, count * 8, "the L1 table")
         if not any(raw):
             return (Segment(length, _ABSENT),)
         segments: list[Segment] = []
@@ -151,8 +151,12 @@ class Qcow2Disk(MappedDisk):
         if fault is not None:
             return (Segment(length, _BLOCK, fault_key(l1_at, fault)),)
         claims.append(Claim(table, table + header.cluster_size))
-        raw = self.file.read(position, size, "an L2 table")
+        raw = self._read_metadata(position, size, "an L2 table")
         return self._entries.segments(raw, position, offset, length, claims)
+
+    def _read_metadata(self, position: int, length: int, what: str) -> bytes:
+        """A part of an L1 or L2 table, as it is now."""
+        return self.file.read(position, length, what)
 
     def _table_claims(self) -> list[Claim]:
         """Where the tables that the header tells of lie."""

@@ -144,6 +144,11 @@ class Refcounts:
         """Does a table lie there, so that no data may? Does not block."""
         return cluster in self._tables
 
+    def table_range(self) -> tuple[int, int]:
+        """Where the refcount table lies, and where it ends."""
+        with self._lock:
+            return self._position, self._position + len(self._table) * 8
+
     def sole(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """The clusters of (first, count) runs that only one thing refers to, as runs."""
         found: list[tuple[int, int]] = []
@@ -318,6 +323,11 @@ class Refcounts:
 
     # --- to be written -------------------------------------------------------------------------
 
+    @property
+    def pending(self) -> bool:
+        """Is anything to be written? Does not block."""
+        return bool(self._changed)
+
     def changes(self) -> Changes:
         """Everything not yet written; it counts as written from here on, see ``put_back``."""
         with self._lock:
@@ -348,4 +358,4 @@ class Refcounts:
 
 
 REFCOUNT_TABLE_AT = 48
-"""Of ``refcount_table_offset`` and ``refcount_table_clusters`` in the header: one sector, at once."""
+"""Of ``refcount_table_offset`` and ``..._clusters`` in the header: one sector, written at once."""

@@ -117,9 +117,12 @@ class WritableQcow2(ChangingQcow2):
         """How many clusters from ``index`` on are our own and follow each other in the file."""
         words, size = table.words, self.header.cluster_size
         word = words[index]
-        if word & (COPIED | COMPRESSED | ZERO_FLAG) != COPIED or not table.own:
+        if not table.own or word & (COPIED | COMPRESSED | ZERO_FLAG) != COPIED:
+            return 0
+        if not self._sound(word):
             return 0
         count, host = 0, (word & OFFSET_MASK) >> self._bits
+        limit = min(limit, index + (self.file.size >> self._bits) - host)
         busy, is_table = self._busy, self._refcounts.is_table
         while index < limit and words[index] == word and not is_table(host):
             if busy and cluster in busy:

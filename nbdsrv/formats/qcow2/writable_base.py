@@ -23,12 +23,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 from nbdsrv.disk.runs import FileRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.mapped import Kind, Page
+from nbdsrv.formats.qcow2.claims import Claim
 from nbdsrv.formats.qcow2.reader import Layers, Qcow2Disk
 from nbdsrv.formats.qcow2.structs import COMPRESSED, L2_RESERVED, OFFSET_MASK, ZERO_FLAG
 from nbdsrv.formats.qcow2.writable_patch import patch
@@ -39,6 +40,7 @@ from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 
 __all__ = ["ChangingQcow2"]
 
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 QUARANTINE_S = 60.0
@@ -78,6 +80,12 @@ class ChangingQcow2(Qcow2Disk):
         """Of a table that is in memory, as it is there."""
         found = self._tables.in_memory(position, length)
         return super()._read_metadata(position, length, what) if found is None else found
+
+    def _table_claims(self) -> list[Claim]:
+        """Where they lie now: the refcount table may have moved."""
+        header = self.header
+        l1_end = header.l1_table_offset + header.l1_size * 8
+        return [Claim(header.l1_table_offset, l1_end), Claim(*self._refcounts.table_range())]
 
     def _keep(self, number: int, page: Page) -> None:
         """The table may have changed while a thread was reading it for this page."""
@@ -167,18 +175,25 @@ class ChangingQcow2(Qcow2Disk):
         return waiting < MAX_QUARANTINE
 
     def _check_entries(self, table: Table, index: int, stop: int) -> None:
-        """Raises CorruptImage for an entry that must not be followed, nor what it refers to freed."""
-        unaligned = L2_RESERVED | (self.header.cluster_size - 1 & ~ZERO_FLAG)
-        last = self.file.size - 1
+        """Raises CorruptImage for an entry that must be neither followed nor given up."""
         for at in range(index, stop):
             word = table.words[at]
-            if not word or word & COMPRESSED:
-                continue  # a compressed cluster is only read, and the reader checks that
-            position = word & OFFSET_MASK
-            wrong = word & unaligned or position > last or (word & ZERO_FLAG and self._old_version)
-            if wrong or (position and self._refcounts.is_table(position >> self._bits)):
+            if word and not self._sound(word):
                 where = table.position + at * 8
                 raise self.file.corrupt(where, f"an L2 entry {word:#x}; repair it: qemu-img check")
+
+    def _sound(self, word: int) -> bool:
+        """Does an entry, not 0, refer to a cluster of the file that may hold data, or to none?"""
+        if word & COMPRESSED:
+            return True  # such a cluster is only read, and the reader checks that
+        position = word & OFFSET_MASK
+        if word & (L2_RESERVED | self.header.cluster_size - 1) & ~ZERO_FLAG:
+            return False
+        if word & ZERO_FLAG and self._old_version:
+            return False
+        if not position:
+            return bool(word & ZERO_FLAG)
+        return position < self.file.size and not self._refcounts.is_table(position >> self._bits)
 
     # --- durability ----------------------------------------------------------------------------
 
@@ -193,7 +208,7 @@ class ChangingQcow2(Qcow2Disk):
             await self._write_back(self._begun + 1)
 
     async def _write_back(self, number: int) -> None:
-        """Write what has changed, in order, unless write-back ``number`` or a later one has been."""
+        """Write what has changed, in order, unless write-back ``number`` has been meanwhile."""
         async with self._flushing:
             self._check_flushed()
             if self._durable >= number:
@@ -252,13 +267,13 @@ class ChangingQcow2(Qcow2Disk):
         try:
             if not self._flush_failed:
                 await self._write_back(self._begun + 1)
-                if self._quarantine:
-                    await self._end_quarantine(monotonic())
+                await self._end_quarantine(monotonic())
+                if self._refcounts.pending:
                     await self._write_back(self._begun + 1)
         finally:
             await super().close()
 
-    async def _run(self, work: Callable[[*Ts], object], *args: *Ts) -> object:
+    async def _run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         try:
             return await self._workers.run(work, *args)
         except OSError as error:

@@ -52,8 +52,8 @@ class NewClusters:
     ) -> None:
         """``length`` bytes of whole clusters, for the guest's bytes at ``offset``::
 
-            | before | data | after | 0 |
-             skip             after_length
+        | before | data | after | 0 |
+         skip             after_length
         """
         self._file = file
         self._refcounts = refcounts
@@ -112,7 +112,9 @@ class NewClusters:
             raise
         return taken
 
-    def _fill(self, clusters: Taken, at: int, parts: Sequence[tuple[int, memoryview | None]]) -> int:
+    def _fill(
+        self, clusters: Taken, at: int, parts: Sequence[tuple[int, memoryview | None]]
+    ) -> int:
         """Write the bytes from ``at`` on into these clusters; returns where the next ones go on."""
         end = at + (clusters.count << self._refcounts.cluster_bits)
         written = at

@@ -1,4 +1,4 @@
-"""Writing a qcow2 image from beginning to end: version 3, optionally compressed, optionally a child.
+"""Writing a qcow2 image from beginning to end: version 3, maybe compressed, maybe over another.
 
 ::
 
@@ -121,7 +121,9 @@ class _File:
     def _store_as_it_is(self, offset: int, data: memoryview) -> None:
         bits = self._shape.cluster_bits
         at = 0
-        for _, count, position in self._tables.take(offset >> bits, self._shape.clusters(len(data))):
+        for _, count, position in self._tables.take(
+            offset >> bits, self._shape.clusters(len(data))
+        ):
             self._target.store(position, data[at : at + (count << bits)])
             at += count << bits
 

@@ -172,7 +172,7 @@ def encode_header(shape: Shape, places: Places) -> bytes:
         }
     )
     head = fixed + fields + bytes([kind]) + bytes(7) + extensions + name
-    return head.ljust(shape.cluster_size, b"\0")
+    return bytes(head.ljust(shape.cluster_size, b"\0"))
 
 
 def _extensions(shape: Shape) -> bytes:
@@ -181,7 +181,8 @@ def _extensions(shape: Shape) -> bytes:
         name = QEMU_FORMATS.get(shape.backing.format, shape.backing.format).encode()
         found = EXTENSION.build({"type": ExtensionType.BACKING_FORMAT, "length": len(name)})
         found += name.ljust(-(-len(name) // 8) * 8, b"\0")
-    return found + EXTENSION.build({"type": ExtensionType.END, "length": 0})
+    end: bytes = EXTENSION.build({"type": ExtensionType.END, "length": 0})
+    return found + end
 
 
 def rounded(size: int) -> int:

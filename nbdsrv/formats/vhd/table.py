@@ -95,12 +95,12 @@ def _last(entries: Sequence[int], entry: int) -> int:
 
 def _reserved(header: Header) -> list[tuple[int, int, str]]:
     """(start, end, name) of what no block may lie on."""
-    return [
+    ranges = [
         (0, FOOTER_SIZE, "copy of the footer"),
         (header.position, header.position + HEADER_SIZE, "header"),
         (header.table_at, header.table_at + 4 * header.table_entries, "block table"),
-    ] + [
-        (position, position + length, "name of the parent")
-        for platform, position, length in header.locators
-        if platform and length
     ]
+    for platform, position, length in header.locators:
+        if platform and length:
+            ranges.append((position, position + length, "name of the parent"))
+    return sorted(ranges)

@@ -227,6 +227,5 @@ def _render_extent(extent: ExtentLine) -> str:
     text = f"{extent.access} {extent.sectors} {extent.kind}"
     if extent.name:
         text += f' "{extent.name}"'
-    if extent.kind == "FLAT":
-        text += f" {extent.first}"
+        text += f" {extent.first}" if extent.kind == "FLAT" else ""
     return text

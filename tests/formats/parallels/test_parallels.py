@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
@@ -299,7 +299,6 @@ def test_mutants(tmp_path: Path) -> None:
     mutant = tmp_path / "mutant.hds"
     with threads() as (runner, workers):
 
-        @settings(max_examples=150)
         @given(mutations(256))
         def search(changes: list[Mutation]) -> None:
             runner.run(outcome(mutant, good, changes, "parallels", workers))

@@ -179,7 +179,7 @@ async def test_a_contiguous_image_is_one_run_per_page(tmp_path: Path, workers: W
     ("size", "shape"),
     [
         ("16T", ""),
-        ("128G", "cluster_size=512"),
+        ("16G", "cluster_size=512"),
         ("63T", "cluster_size=2M"),
         ("8T", "cluster_size=4k"),
     ],

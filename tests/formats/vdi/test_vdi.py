@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
@@ -226,7 +226,6 @@ def test_mutants(tmp_path: Path) -> None:
     mutant = tmp_path / "mutant.vdi"
     with threads() as (runner, workers):
 
-        @settings(max_examples=150)
         @given(mutations(1024))
         def search(changes: list[Mutation]) -> None:
             runner.run(outcome(mutant, good, changes, "vdi", workers))

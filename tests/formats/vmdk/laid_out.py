@@ -4,27 +4,38 @@
 
     grains   {number: "data" bytes | ZERO}        the rest is not stored
        |
-    hosted()  vmfs_sparse()  se_sparse()          a file with header, directory, tables, grains
+    hosted()  stream()  vmfs_sparse()  se_sparse()    a file with header, directory, tables, grains
 
 Grains are stored in descending order with gaps between, so that nobody gets by on luck.
 """
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from nbdsrv.formats.vmdk.descriptor import Descriptor, ExtentLine, render
 from nbdsrv.formats.vmdk.structs import (
+    COMPRESSION_DEFLATE,
     COWD_HEADER,
+    FLAG_COMPRESSED,
+    FLAG_MARKERS,
     FLAG_NEWLINE_TEST,
     FLAG_ZERO_GRAINS,
+    GD_AT_END,
+    GRAIN_MARKER,
+    MARKER,
+    MARKER_EOS,
+    MARKER_FOOTER,
+    MARKER_GD,
+    MARKER_GT,
     SESPARSE_HEADER,
     SESPARSE_VERSION,
     SESPARSE_VOLATILE_HEADER,
     SPARSE_HEADER,
 )
 
-__all__ = ["ZERO", "described", "hosted", "se_sparse", "vmfs_sparse", "with_grains"]
+__all__ = ["ZERO", "described", "hosted", "se_sparse", "stream", "vmfs_sparse", "with_grains"]
 
 ZERO = b""
 """A grain of zeroes, said so in the table."""
@@ -60,20 +71,11 @@ def hosted(
     tables = -(-size // (grain * 512))
     gd, first_table = 32, 64
     end = first_table + tables * 4
-    fields = {
-        "version": 2,
-        "flags": FLAG_NEWLINE_TEST | FLAG_ZERO_GRAINS,
-        "capacity": size // SECTOR,
-        "grain_size": grain // SECTOR,
+    fields = _hosted_fields(size, grain) | {
         "descriptor_offset": 1 if descriptor else 0,
         "descriptor_size": 20 if descriptor else 0,
-        "entries_per_table": 512,
-        "redundant_gd_offset": 0,
         "gd_offset": gd,
         "overhead": end,
-        "unclean_shutdown": 0,
-        "newlines": b"\n \r\n",
-        "compression": 0,
         **raw,
     }
     entries, data = _store(grains, grain, end)
@@ -83,6 +85,86 @@ def hosted(
         _write_tables(file, entries, tables, 512, 4, gd, first_table)
         _write_grains(file, data)
     return path
+
+
+def _hosted_fields(size: int, grain: int) -> dict[str, object]:
+    return {
+        "version": 2,
+        "flags": FLAG_NEWLINE_TEST | FLAG_ZERO_GRAINS,
+        "capacity": size // SECTOR,
+        "grain_size": grain // SECTOR,
+        "descriptor_offset": 1,
+        "descriptor_size": 20,
+        "entries_per_table": 512,
+        "redundant_gd_offset": 0,
+        "gd_offset": 0,
+        "overhead": 128,
+        "unclean_shutdown": 0,
+        "newlines": b"\n \r\n",
+        "compression": 0,
+    }
+
+
+def stream(
+    path: Path, size: int, grains: Grains, *, grain: int = 65536, markers: bool = True
+) -> Path:
+    """KDMV as VMware streams it: tables behind their grains, the directory and a footer at the end.
+
+    The last grain is as short as the disk; qemu-img writes neither it nor the footer like this.
+    """
+    text = Descriptor("streamOptimized", (ExtentLine(size // SECTOR, "SPARSE", path.name),))
+    fields = _hosted_fields(size, grain) | {
+        "version": 3,
+        "flags": FLAG_NEWLINE_TEST
+        | FLAG_ZERO_GRAINS
+        | FLAG_COMPRESSED
+        | (FLAG_MARKERS if markers else 0),
+        "gd_offset": GD_AT_END,
+        "compression": COMPRESSION_DEFLATE,
+    }
+    data = bytearray(SPARSE_HEADER.build(fields) + render(text).encode().ljust(127 * SECTOR, b"\0"))
+    directory = []
+    for first in range(0, -(-size // grain), 512):
+        table = [
+            _append_grain(data, n, grains.get(n), grain, size, markers)
+            for n in range(first, first + 512)
+        ]
+        if any(table):
+            _append_marker(data, MARKER_GT, 4)
+            directory.append(len(data) // SECTOR)
+            data += b"".join(entry.to_bytes(4, "little") for entry in table)
+        else:
+            directory.append(0)
+    _append_marker(data, MARKER_GD, 1)
+    fields["gd_offset"] = len(data) // SECTOR
+    data += b"".join(entry.to_bytes(4, "little") for entry in directory)
+    data += bytes(-len(data) % SECTOR)
+    _append_marker(data, MARKER_FOOTER, 1)
+    data += SPARSE_HEADER.build(fields)
+    _append_marker(data, MARKER_EOS, 0)
+    path.write_bytes(data)
+    return path
+
+
+def _append_grain(
+    data: bytearray, number: int, piece: bytes | None, grain: int, size: int, markers: bool
+) -> int:
+    """The table's entry."""
+    if piece is None:
+        return 0
+    if piece == ZERO:
+        return 1
+    entry = len(data) // SECTOR
+    packed = zlib.compress(piece[: size - number * grain])
+    if markers:
+        data += GRAIN_MARKER.build({"first_sector": number * grain // SECTOR, "size": len(packed)})
+    data += packed
+    data += bytes(-len(data) % SECTOR)
+    return entry
+
+
+def _append_marker(data: bytearray, kind: int, sectors: int) -> None:
+    data += MARKER.build({"sectors": sectors, "kind": kind})
 
 
 def vmfs_sparse(path: Path, size: int, grains: Grains, *, grain: int = 512, **raw: int) -> Path:

@@ -21,6 +21,7 @@ from tests.formats.vmdk.laid_out import (
     described,
     hosted,
     se_sparse,
+    stream,
     vmfs_sparse,
     with_grains,
 )
@@ -149,6 +150,24 @@ async def test_grains_of_hosted_extents_in_any_order(tmp_path: Path, workers: Wo
     flags = {flags for *_, flags in (await disk.extents(0, disk.size)).ranges()}
     assert flags == {DATA, ZEROES, HOLE}
     await disk.close()
+
+
+@pytest.mark.parametrize("markers", [True, False])
+async def test_stream_with_its_directory_at_the_end(
+    tmp_path: Path, markers: bool, workers: Workers
+) -> None:
+    size = 5 * MIB + 512  # two tables, and a last grain of one sector
+    grains = {number: GOLDEN[number * 5000 :][:8192] for number in (0, 1, 3, 511, 512, 640)}
+    grains[7] = ZERO
+    path = stream(tmp_path / "disk.vmdk", size, grains, grain=8192, markers=markers)
+    expected = with_grains(size, 8192, grains)
+    if markers:  # qemu-img cannot read it without
+        assert qemu_raw(path) == expected
+    disk = await opened(workers, path)
+    assert await extents_of(disk) == qemu_map(path)
+    assert disk.facts["compressed"]
+    await disk.close()
+    await check_disk(lambda: opened(workers, path), expected)
 
 
 async def test_zero_extent_hides_the_parent(tmp_path: Path, workers: Workers) -> None:
