@@ -79,7 +79,7 @@ def _chosen(part: str, pattern: str | None) -> list[Check]:
     type=click.Choice([*(str(part) for part in Part), "all"]),
     default=str(Part.QUICK),
     show_default=True,
-    help="quick: programs on this machine; kernel: Linux in a guest.",
+    help="quick: programs on this machine; formats: every image; kernel: Linux in a guest.",
 )
 @click.option("--only", metavar="PATTERN", help='Run only checks whose "PROGRAM FEATURE" matches.')
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the results too.")

@@ -21,9 +21,10 @@ __all__ = ["Check", "Part", "all_checks", "check", "expect", "expect_in"]
 
 
 class Part(StrEnum):
-    """Which run a check belongs to: seconds each, or a minute in a guest."""
+    """Which run a check belongs to: a minute in all, every image format, a minute in a guest."""
 
     QUICK = "quick"
+    FORMATS = "formats"
     KERNEL = "kernel"
 
 

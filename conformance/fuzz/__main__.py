@@ -21,13 +21,15 @@ from conformance.fuzz.specimens import FORMATS, specimens
 from conformance.outcome import CheckFailedError, MissingPeerError
 from nbdsrv.formats import opening
 
-QUICK_S = 2.5
+QUICK_S = 1.5
 """Seconds for each format by default: all of them within the time a developer waits."""
 
 
 @click.command()
 @click.argument("formats", nargs=-1, metavar="[FORMAT]...")
-@click.option("--seconds", type=click.FloatRange(0.1), help=f"Per format. Default: {QUICK_S:g}.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), help=f"Of mutants, per format. Default: {QUICK_S:g}."
+)
 @click.option("--cases", type=click.IntRange(0), help="Per format, instead of a time.")
 @click.option("--seed", type=int, help="Default: another one each time; it is printed.")
 @click.option("--first", type=click.IntRange(0), default=0, help="Number of the first case.")

@@ -36,7 +36,12 @@ MAX_ANSWERS = 200
 """Block status answers of a window; a mutant may have as many extents as it likes."""
 LONGEST_MESSAGE = 1000
 """Characters, the directory's name included."""
+COUNTED = {"qcow2"}
+"""Formats with reference counts, where several users of a cluster are nothing unusual."""
 MAX_SIZE = 2**63 - 1
+
+Place = tuple[int, int, int, int]
+"""Page of the disk, inode, and from where to where in that file a run is."""
 
 _CORRUPT = re.compile(r"corrupt image: .+ at \d+: .+")
 _CORRUPT_CHAIN = re.compile(r"corrupt image: .+(its parent|images in a chain)")
@@ -124,7 +129,7 @@ async def _look_around(
     if content is not None and disk.size != len(content):
         raise FoundError("content", f"{disk.size} bytes instead of {len(content)}")
     problem = ""
-    places: list[tuple[int, int, int]] = []
+    places: list[Place] = []
     for offset, length in _windows(disk.size, rng):
         try:
             data = await _look(disk, offset, length, content, places if offset < BEGINNING else [])
@@ -137,11 +142,14 @@ async def _look_around(
     return problem
 
 
-def _check_overlaps(places: list[tuple[int, int, int]]) -> None:
-    """No two ranges of the disk may be the same bytes of a file; (inode, start, end) each."""
+def _check_overlaps(places: list[Place]) -> None:
+    """No two ranges of a page may be the same bytes of a file.
+
+    Across pages nobody looks: it would take all tables of a disk, however large, to know.
+    """
     places.sort()
-    for (inode, start, end), (other, begin, stop) in pairwise(places):
-        if inode == other and begin < end:
+    for (page, inode, start, end), (next_page, other, begin, stop) in pairwise(places):
+        if (page, inode) == (next_page, other) and begin < end:
             raise FoundError("overlap", f"{start}..{end} and {begin}..{stop} of a file")
 
 
@@ -161,13 +169,13 @@ async def _look(
     offset: int,
     length: int,
     content: bytes | None,
-    places: list[tuple[int, int, int]],
+    places: list[Place],
 ) -> bytearray:
     extents = await _extents(disk, offset, length)
     for context in disk.contexts:
         await disk.status(context, offset, length)
     runs = await disk.runs(offset, length)
-    _check_runs(runs, length, places)
+    _check_runs(disk, offset, runs, length, places)
     first, second = bytearray(length), bytearray(length)
     await disk.read_into(offset, memoryview(first))
     await disk.read_into(offset, memoryview(second))
@@ -198,9 +206,13 @@ async def _extents(disk: Disk, offset: int, length: int) -> list[tuple[int, int,
     return found
 
 
-def _check_runs(runs: Sequence[Run], length: int, places: list[tuple[int, int, int]]) -> None:
+def _check_runs(
+    disk: Disk, offset: int, runs: Sequence[Run], length: int, places: list[Place]
+) -> None:
     covered = 0
+    page_span = 0 if disk.format in COUNTED else getattr(disk, "page_span", 0)
     for run in runs:
+        at = offset + covered
         if run.length < 1:
             raise FoundError("runs", f"an empty run: {run}")
         covered += run.length
@@ -212,7 +224,10 @@ def _check_runs(runs: Sequence[Run], length: int, places: list[tuple[int, int, i
             if run.position < 0 or run.position + wanted > size:
                 text = f"{wanted} bytes at {run.position} of a file of {size} bytes"
                 raise FoundError("outside", text)
-            places.append((info.st_ino, run.position, run.position + wanted))
+            if page_span:
+                inside = min(wanted, page_span - at % page_span)
+                place = (at // page_span, info.st_ino, run.position, run.position + inside)
+                places.append(place)
         elif not isinstance(run, ZeroRun | BlockRun | RemoteRun):
             raise FoundError("runs", f"no run: {run!r}")
     if covered < length:

@@ -37,7 +37,7 @@ MAX_MEMORY = 300 << 20
 MAX_CPU_S = 6.0
 """Processor time of one case; most take some milliseconds."""
 MAX_BOMB_CPU_S = 30.0
-"""The same for a bomb: unpacking half a gibibyte may take a while, memory may not."""
+"""The same for a bomb: unpacking hundreds of MiB may take a while, memory may not."""
 MAX_WALL_S = 90.0
 """Time without an answer, whatever the machine is busy with."""
 ENOUGH = 300
@@ -108,14 +108,14 @@ class Hunt:
         """The specimens as they are, then cases from ``first`` on.
 
         Args:
-            wanted: called with the number of cases done and the seconds spent; False ends it.
+            wanted: called with the mutants done and the seconds spent on them; False ends it.
             first: number of the first case.
         """
         began = time.monotonic()
         with _scratch() as directory:
             path = directory / "specimens"
             path.write_bytes(pickle.dumps(self._specimens))
-            numbers = self._numbers(wanted, first, began)
+            numbers = self._numbers(wanted, first)
             number = next(numbers, None)
             while number is not None:
                 with _Child(path, self._seed, directory, peer=self._peer) as child:
@@ -123,11 +123,9 @@ class Hunt:
         self.tally.seconds = time.monotonic() - began
         return self.tally
 
-    def _numbers(
-        self, wanted: Callable[[int, float], bool], first: int, began: float
-    ) -> Iterator[int]:
+    def _numbers(self, wanted: Callable[[int, float], bool], first: int) -> Iterator[int]:
         yield from range(-1, -len(self._specimens) - 1, -1)
-        number = first
+        number, began = first, time.monotonic()
         while (
             wanted(number - first, time.monotonic() - began)
             and len(self.tally.findings) < ENOUGH
@@ -155,7 +153,7 @@ class Hunt:
         if verdict in _FINE and peak > MAX_MEMORY:
             answer["detail"] = f"{peak >> 20} MiB resident ({verdict}: {answer['detail']})"
             verdict = "memory"
-        if verdict in _FINE and number < 0 and verdict != "accepted":
+        if verdict in {"refused", "broken"} and self._is_valid(number):
             verdict = "valid image"
         if verdict not in _FINE:
             self._keep_finding(child, number, verdict, answer)
@@ -168,6 +166,9 @@ class Hunt:
         else:
             tally.broken += 1
         return not child.gone and verdict != "memory"
+
+    def _is_valid(self, number: int) -> bool:
+        return number < 0 and not self._specimens[-1 - number].bomb
 
     def _limit_s(self, number: int) -> float:
         bombs = any(each.bomb for each in self._specimens)

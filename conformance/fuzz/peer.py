@@ -1,7 +1,7 @@
 """A second opinion on what was accepted: what qemu-img reads from the same mutant.
 
-Two readers that agree on a broken image may both be wrong; but where both read it and read different
-bytes, one of them serves what is not there. And where qemu-img refuses what we serve, it knows a
+Two readers that agree on a broken image may both be wrong; but where both read it, and differently,
+one of them serves what is not there. And where qemu-img refuses what we serve, it knows a
 rule we do not: that is counted as *lenient* and shown, and is for a human to judge.
 """
 

@@ -5,8 +5,8 @@
     stdin    {"number": 7, "directory": ...}     stdout   {"event": "begin", "number": 7}
                                                           {"event": "end", "number": 7, ...}
 
-Started as ``python -m conformance.fuzz.victim SPECIMENS SEED [peer]``. If it dies or hangs, the last
-"begin" says in which case. Standard error holds what faulthandler has to say about it.
+Started as ``python -m conformance.fuzz.victim SPECIMENS SEED [peer]``. If it dies or hangs, the
+last "begin" says in which case. Standard error holds what faulthandler has to say about it.
 """
 
 import asyncio

@@ -14,7 +14,7 @@ from conformance.golden import Golden, nbdsrv, read_back, served
 from conformance.image import MIB, Span, file_digest
 from conformance.outcome import CheckFailedError
 from conformance.process import find_program
-from conformance.registry import check, expect, expect_in
+from conformance.registry import Part, check, expect, expect_in
 from conformance.server import server_command, server_environment
 
 NEEDS = ("qemu-img",)
@@ -52,7 +52,8 @@ def _register() -> None:
             nbdsrv(context, "copy", "--quiet", *options, golden.raw.path, name)
             _judge(context, golden, context.directory / name, qemu)
 
-        check("copy", f"to {feature}", needs=NEEDS)(run)
+        part = Part.QUICK if feature in {"qcow2 zstd", "vhd", "vmdk"} else Part.FORMATS
+        check("copy", f"to {feature}", needs=NEEDS, part=part)(run)
 
     for feature in ("vhd", "vmdk", "raw", "qcow2"):
         _, qemu, _ = TARGETS[feature]
@@ -63,7 +64,7 @@ def _register() -> None:
             _piped(context, golden.raw.path, f"{feature}:-", target)
             _judge(context, golden, target, qemu)
 
-        check("copy", f"{feature} to a pipe", needs=NEEDS)(pipe)
+        check("copy", f"{feature} to a pipe", needs=NEEDS, part=Part.FORMATS)(pipe)
 
 
 def _piped(context: Context, source: Path, target: str, file: Path) -> None:
@@ -84,7 +85,7 @@ def _piped(context: Context, source: Path, target: str, file: Path) -> None:
 _register()
 
 
-@check("copy", "size is kept by vhd", needs=NEEDS)
+@check("copy", "size is kept by vhd", needs=NEEDS, part=Part.FORMATS)
 def vhd_size(context: Context) -> None:
     """qemu-img opens our VHD without options at its exact size, not a geometry's."""
     golden = Golden(context)
@@ -117,13 +118,13 @@ def _register_sources() -> None:
             if copy.stat().st_blocks * 512 > 5 * MIB + SLACK:
                 raise CheckFailedError(f"the copy occupies {copy.stat().st_blocks * 512} bytes")
 
-        check("copy", f"from {feature}", needs=NEEDS)(run)
+        check("copy", f"from {feature}", needs=NEEDS, part=Part.FORMATS)(run)
 
 
 _register_sources()
 
 
-@check("copy", "a chain into one", needs=(*NEEDS, "qemu-io"))
+@check("copy", "a chain into one", needs=(*NEEDS, "qemu-io"), part=Part.FORMATS)
 def chain(context: Context) -> None:
     """The chain's content in one compressed image."""
     golden = Golden(context)
@@ -154,7 +155,7 @@ def thin(context: Context) -> None:
         raise CheckFailedError(f"{size} bytes for one changed block")
 
 
-@check("copy", "qemu-nbd to qemu-nbd", needs=(*NEEDS, "qemu-nbd"))
+@check("copy", "qemu-nbd to qemu-nbd", needs=(*NEEDS, "qemu-nbd"), part=Part.FORMATS)
 def nbd_both(context: Context) -> None:
     """From one foreign server into another, over old content: zeroes overwrite it."""
     golden = Golden(context)

@@ -6,7 +6,7 @@ from conformance.context import Context
 from conformance.golden import Golden, expect_same_content, read_back, served
 from conformance.image import file_digest
 from conformance.process import find_program
-from conformance.registry import check, expect, expect_in
+from conformance.registry import Part, check, expect, expect_in
 
 NEEDS = ("qemu-img", "qemu-io")
 
@@ -36,7 +36,8 @@ def _register() -> None:
             context.run("qemu-img", "check", "-f", "qcow2", path)
             expect(golden.raw.digest(), read_back(context, path, "qcow2"), "sha256 afterwards")
 
-        check("qcow2 --write", feature, needs=NEEDS)(run)
+        part = Part.FORMATS if options else Part.QUICK
+        check("qcow2 --write", feature, needs=NEEDS, part=part)(run)
 
 
 _register()
@@ -78,7 +79,7 @@ def killed(context: Context) -> None:
     expect(golden.raw.digest(), read_back(context, path, "qcow2"), "sha256 afterwards")
 
 
-@check("qcow2 --write", "locked", needs=(*NEEDS, "nbdcopy"))
+@check("qcow2 --write", "locked", needs=(*NEEDS, "nbdcopy"), part=Part.FORMATS)
 def locked(context: Context) -> None:
     """While a client has it open, QEMU does not write to the image; afterwards it may."""
     path = Golden(context).convert("qcow2", "disk.qcow2")

@@ -1,33 +1,45 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
 import sys
+from importlib import import_module
 
 import click
 
 from nbdsrv import __version__
-from nbdsrv.cli.compare import compare
-from nbdsrv.cli.copy import copy
-from nbdsrv.cli.image import info, map_
-from nbdsrv.cli.serve import serve
 from nbdsrv.errors import ConfigError, NbdsrvError
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_COMMANDS = {
+    "serve": "nbdsrv.cli.serve:serve",
+    "info": "nbdsrv.cli.image:info",
+    "map": "nbdsrv.cli.image:map_",
+    "copy": "nbdsrv.cli.copy:copy",
+    "compare": "nbdsrv.cli.compare:compare",
+}
+"""Command to ``module:function``; imported when it is run, for a server's modules take a while."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nbdsrv")
 def cli() -> None:
     """Serve disks over NBD, for backup and instant restore of virtual machines.
 
     SOURCE is an image (disk.img, vhd:/path/disk.vhd) or an NBD URI; see docs/usage.md.
     """
-
-
-cli.add_command(serve)
-cli.add_command(info)
-cli.add_command(map_)
-cli.add_command(copy)
-cli.add_command(compare)
 
 
 def main() -> None:

@@ -117,6 +117,8 @@ def _print_info(facts: dict[str, Any], *, as_json: bool) -> None:
 
 def _print_details(details: dict[str, Any]) -> None:
     for key, value in details.items():
+        if value in ([], {}, "", None):
+            continue
         click.echo(f"  {key.replace('_', ' ')}: {_shown(value, units=False)}")
 
 

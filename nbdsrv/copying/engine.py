@@ -6,6 +6,7 @@
                           |read several at a time; zeroes found in them
                ordered    [ window ] ── oldest first ──> writer.data
                otherwise  each ──────── as it is read ─> writer.data   several at a time
+                                                         writer.store  in the thread that has read
 
 What becomes of a range:
 
@@ -40,7 +41,7 @@ __all__ = ["Copy", "Outcome"]
 
 WINDOW = 8
 """Pieces being read and written at a time."""
-GAP = 1 << 30
+GAP = 1 << 28
 """Bytes zeroed at a time on a disk that is overwritten; progress is told after each."""
 MIN_ZERO = 4096
 """Zeroes within data are looked for in units of this: a file system's block."""
@@ -104,6 +105,7 @@ class Copy:
         self._piece = max(PIECE, self._unit)
         self._buffers = Lender(WINDOW, self._piece)
         self._below = Lender(WINDOW, self._piece)
+        self._stored = writer.threaded and writer.fresh and base is None
         self._gaps = asyncio.Semaphore(WINDOW)
         self._done = 0
 
@@ -160,13 +162,14 @@ class Copy:
                 await asyncio.shield(before)
             view = memoryview(buffer)
             for start, span, zero in spans:
-                if not zero:
-                    await self._writer.data(offset + start, view[start : start + span])
+                if zero:
+                    self.outcome.zero += span
+                    if self._base or not self._writer.fresh:
+                        await self._writer.zero(offset + start, span)
+                else:
                     self.outcome.written += span
-                    continue
-                self.outcome.zero += span
-                if self._base or not self._writer.fresh:
-                    await self._writer.zero(offset + start, span)
+                    if not self._stored:
+                        await self._writer.data(offset + start, view[start : start + span])
         finally:
             self._buffers.give_back(buffer)
         self._done += length
@@ -177,6 +180,8 @@ class Copy:
         """Fill the buffer; which spans of it are to be written, and how?"""
         if not self._writer.seekable:
             find: Callable[[], Spans] = partial(_whole, length)
+        elif self._stored:
+            find = partial(self._store, offset, length, buffer)
         else:
             find = partial(_split, buffer, length, self._unit)
         spans = await read_piece(self._source, self._workers, offset, buffer, length, find)
@@ -189,6 +194,15 @@ class Copy:
             if inside:
                 return await read_piece(self._base, self._workers, offset, below, inside, find)
             return find()
+
+    def _store(self, offset: int, length: int, buffer: bytearray) -> Spans:
+        """Write the data at once, in the thread that has read it."""
+        spans = _split(buffer, length, self._unit)
+        view = memoryview(buffer)
+        for start, span, zero in spans:
+            if not zero:
+                self._writer.store(offset + start, view[start : start + span])
+        return spans
 
     async def _gap(
         self,

@@ -5,8 +5,8 @@ handing pieces on (comparing through a memoryview is forty times slower).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from nbdsrv.disk.disk import Disk, read_runs
@@ -60,20 +60,30 @@ async def read_piece(
     """Fill ``buffer[:length]`` and return what ``then``, called in the same thread, returns.
 
     Raises:
-        DiskError: naming the offset on the disk.
+        DiskError: it cannot be read; names the offset on the disk. Or what ``then`` raises.
     """
     view = memoryview(buffer)[:length]
-    try:
+    with _named(offset):
         runs = await disk.runs(offset, length)
-        if any(isinstance(run, RemoteRun) for run in runs):
+        remote = any(isinstance(run, RemoteRun) for run in runs)
+        if remote:
             await disk.read_into(offset, view)
-            return await workers.run(then)
+    if remote:
+        return await workers.run(then)
 
-        def work() -> T:
+    def work() -> T:
+        with _named(offset):
             read_runs(disk.name, offset, runs, view)
-            return then()
+        return then()
 
-        return await workers.run(work)
+    return await workers.run(work)
+
+
+@contextmanager
+def _named(offset: int) -> Iterator[None]:
+    """An error of a read that began at ``offset`` says where on the disk it happened."""
+    try:
+        yield
     except DiskError as error:
         at = offset if error.offset is None else error.offset
         raise type(error)(f"{error}, at byte {at} of the disk", error.errno, at) from error

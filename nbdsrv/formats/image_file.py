@@ -63,7 +63,10 @@ class ImageFile:
         if base < 0 or size < 0 or base + size > self.size:
             raise self.corrupt(base, f"{name} of {size} bytes reaches beyond the end")
         path = f"{self.path}#{name}"
-        fd = os.dup(self.fd)
+        try:
+            fd = os.dup(self.fd)
+        except OSError as error:
+            raise DiskError.from_os(path, error) from error
         try:
             return ImageFile(
                 path,
@@ -169,9 +172,12 @@ def _filesystem_of(fd: int) -> str:
     """Type of the file system that holds ``fd``, from /proc/self/mountinfo; "" if unknown."""
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
-        for line in table:
-            head, _, tail = line.partition(" - ")
-            if head.split()[2] == wanted:
-                return tail.split()[0]
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                head, _, tail = line.partition(" - ")
+                if head.split()[2] == wanted:
+                    return tail.split()[0]
+    except OSError:
+        pass  # no /proc, or no descriptor left
     return ""

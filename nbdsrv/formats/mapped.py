@@ -28,9 +28,10 @@ Rule: ZERO and ABSENT differ. A cluster zeroed in an overlay hides what lies bel
 
 import asyncio
 from abc import abstractmethod
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -43,10 +44,10 @@ from nbdsrv.formats.image_file import ImageFile
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ZERO, ExtentList
 
-__all__ = ["MAX_SEGMENTS", "Kind", "MappedDisk", "Page", "Segment"]
+__all__ = ["MAX_SEGMENTS", "Kind", "MappedDisk", "Page", "Segment", "Stretch"]
 
-MAX_SEGMENTS = 1 << 17
-"""Segments kept in memory per image, some 25 MiB: 8 GiB of fragmented 64 KiB clusters, and any
+MAX_SEGMENTS = 1 << 20
+"""Segments kept in memory per image, some 18 MiB: 64 GiB of fragmented 64 KiB clusters, and any
 amount of contiguous ones."""
 MAX_EXTENTS = 1 << 16
 """Extents looked up in one go; an answer may stop short."""
@@ -88,32 +89,81 @@ class Segment(NamedTuple):
     file: ImageFile | None = None
 
 
-class Page:
-    """The segments of one page by guest offset, neighbours merged where the file goes on."""
+Stretch = tuple[int, int, int, int, ImageFile | None]
+"""(start, end, kind, position, file) of a Segment by guest offset."""
 
-    __slots__ = ("segments", "starts")
+
+class Page:
+    """The segments of one page by guest offset, neighbours merged where the file goes on.
+
+    Arrays, not objects: a fragmented disk has a segment per block, and 25 bytes for each instead of
+    200 is what lets all of them stay in memory.
+
+    Attributes:
+        edges: where each segment begins, and the end of the last.
+    """
+
+    __slots__ = ("edges", "files", "kinds", "positions")
 
     def __init__(self, offset: int, segments: Iterable[Segment]) -> None:
-        starts: list[int] = []
-        merged: list[tuple[int, int, int, int, ImageFile | None]] = []
-        at = offset
-        end, kind, position, file = at, -1, 0, None
+        edges = [offset]
+        kinds = bytearray()
+        positions: list[int] = []
+        files: list[ImageFile | None] = []
+        end, kind, following, file = offset, -1, 0, None
         for length, next_kind, next_position, next_file in segments:
-            goes_on = next_kind == kind and (
-                kind >= _ZERO
-                or (kind == _DATA and next_file is file and next_position == position + end - at)
-            )
-            if not goes_on:
-                if kind >= 0:
-                    merged.append((at, end, kind, position, file))
-                    starts.append(at)
-                at, kind, position, file = end, int(next_kind), next_position, next_file
             end += length
-        if kind >= 0:
-            merged.append((at, end, kind, position, file))
-            starts.append(at)
-        self.starts = starts
-        self.segments = merged
+            if next_kind == kind and (
+                kind >= _ZERO
+                or (kind == _DATA and next_position == following and next_file is file)
+            ):
+                edges[-1] = end
+            else:
+                kind, file = int(next_kind), next_file
+                kinds.append(kind)
+                positions.append(next_position)
+                files.append(file)
+                edges.append(end)
+            following = next_position + length
+        self.edges: MutableSequence[int] = array("q", edges)
+        self.kinds = kinds
+        self.positions: MutableSequence[int] = _integers(positions)
+        self.files: list[ImageFile | None] | None = files if any(files) else None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def find(self, offset: int) -> int:
+        """Index of the segment that holds ``offset``."""
+        return bisect_right(self.edges, offset) - 1
+
+    def stretch(self, index: int) -> Stretch:
+        """One segment."""
+        edges, files = self.edges, self.files
+        file = files[index] if files else None
+        return edges[index], edges[index + 1], self.kinds[index], self.positions[index], file
+
+    def replace(self, first: int, last: int, stretches: Sequence[Stretch]) -> None:
+        """Put others in place of the segments ``first`` to ``last``; they cover the same bytes."""
+        slots = slice(first, last + 1)
+        self.edges[slots] = array("q", [each[0] for each in stretches])
+        self.kinds[slots] = bytes(each[2] for each in stretches)
+        positions = list(self.positions)
+        positions[slots] = [each[3] for each in stretches]
+        self.positions = _integers(positions)
+        files = [each[4] for each in stretches]
+        if self.files is None and any(files):
+            self.files = [None] * (len(self.kinds) - len(files) + last + 1 - first)
+        if self.files is not None:
+            self.files[slots] = files
+
+
+def _integers(values: list[int]) -> "MutableSequence[int]":
+    """Compact, unless one of them (a key may be any integer) does not fit."""
+    try:
+        return array("q", values)
+    except OverflowError:
+        return values
 
 
 class MappedDisk(Disk):
@@ -137,6 +187,7 @@ class MappedDisk(Disk):
         self._pages: OrderedDict[int, Page] = OrderedDict()
         self._segments = 0
         self._generation = 0
+        self._next_page = 0
         self._loading = asyncio.Lock()
         self._closed = False
 
@@ -169,9 +220,13 @@ class MappedDisk(Disk):
         if page is None:
             return None
         self._pages.move_to_end(number)
-        start, end, kind, position, file = page.segments[bisect_right(page.starts, offset) - 1]
-        if kind == _DATA and offset + length <= end:
-            return ((file or self.file).run(position + offset - start, end - offset),)
+        edges = page.edges
+        index = bisect_right(edges, offset) - 1
+        end = edges[index + 1]
+        if page.kinds[index] == _DATA and offset + length <= end:
+            file = page.files[index] if page.files else None
+            at = page.positions[index] + offset - edges[index]
+            return ((file or self.file).run(at, end - offset),)
         return self._locate(offset, length)
 
     def _locate(self, offset: int, length: int) -> Sequence[Run] | None:
@@ -194,9 +249,7 @@ class MappedDisk(Disk):
             at = end
         return runs
 
-    def _in_memory(
-        self, offset: int, length: int
-    ) -> Iterator[tuple[int, int, int, int, ImageFile | None] | None]:
+    def _in_memory(self, offset: int, length: int) -> Iterator[Stretch | None]:
         """The segments that cover a range; None in place of a page that is not there."""
         at, limit, span = offset, offset + length, self.page_span
         while at < limit:
@@ -206,11 +259,10 @@ class MappedDisk(Disk):
                 yield None
                 return
             self._pages.move_to_end(number)
-            index = bisect_right(page.starts, at) - 1
-            for segment in page.segments[index:] if index else page.segments:
-                if segment[0] >= limit:
+            for index in range(page.find(at), len(page)):
+                if page.edges[index] >= limit:
                     return
-                yield segment
+                yield page.stretch(index)
             at = (number + 1) * span
 
     def _locate_below(self, runs: list[Run], offset: int, length: int) -> bool:
@@ -271,9 +323,14 @@ class MappedDisk(Disk):
             missing = [number for number in numbers if number not in self._pages]
             if not missing:
                 return
-            ahead = [n for n in range(numbers.stop, numbers.stop + AHEAD) if n not in self._pages]
+            # Only who reads on gets more than he asked for: elsewhere it would push out pages
+            # that somebody uses, and take milliseconds.
+            goes_on = numbers.start == self._next_page
+            upto = numbers.stop + (AHEAD if goes_on else 0)
+            ahead = [n for n in range(numbers.stop, upto) if n not in self._pages]
             generation = self._generation
             pages = await self._workers.look_up(self._read_pages, missing, ahead)
+            self._next_page = max(number for number, _ in pages) + 1
             if generation == self._generation:
                 for number, page in pages:
                     self._keep(number, page)
@@ -287,7 +344,7 @@ class MappedDisk(Disk):
     ) -> Sequence[tuple[int, Page]]:
         """In a thread."""
         pages = [(number, self._read_one(number)) for number in wanted]
-        segments = sum(len(page.starts) for _, page in pages)
+        segments = sum(len(page) for _, page in pages)
         for number in ahead:
             if segments > AHEAD_SEGMENTS or number * self.page_span >= self.size:
                 break
@@ -295,7 +352,7 @@ class MappedDisk(Disk):
                 page = self._read_one(number)
             except DiskError:
                 break  # somebody who wants it will be told
-            segments += len(page.starts)
+            segments += len(page)
             pages.append((number, page))
         return pages
 
@@ -303,7 +360,7 @@ class MappedDisk(Disk):
         offset = number * self.page_span
         length = min(self.page_span, self.size - offset)
         page = Page(offset, self._read_page(offset, length))
-        end = page.segments[-1][1] if page.segments else offset
+        end = page.edges[-1]
         assert end == offset + length, f"{self.name}: page at {offset} ends at {end}"
         return page
 
@@ -311,15 +368,15 @@ class MappedDisk(Disk):
         pages = self._pages
         old = pages.pop(number, None)
         if old is not None:
-            self._segments -= len(old.starts)
+            self._segments -= len(old)
         pages[number] = page
-        self._segments += len(page.starts)
+        self._segments += len(page)
 
     def _evict(self) -> None:
         pages = self._pages
         while self._segments > MAX_SEGMENTS and len(pages) > 1:
             _, oldest = pages.popitem(last=False)
-            self._segments -= len(oldest.starts)
+            self._segments -= len(oldest)
 
     def _forget_pages(self, offset: int, length: int) -> None:
         """The table has changed there: what was read of it before is void. On the loop."""
@@ -329,7 +386,7 @@ class MappedDisk(Disk):
         for number in range(offset // span, (offset + length - 1) // span + 1):
             page = self._pages.pop(number, None)
             if page is not None:
-                self._segments -= len(page.starts)
+                self._segments -= len(page)
 
     # --- block status --------------------------------------------------------------------------
 

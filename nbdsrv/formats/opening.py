@@ -95,8 +95,6 @@ class Opening:
             )
         try:
             return await open_image(path, kind, Opening(self.workers, above=above))
-        except CorruptImage:
-            raise
         except DiskError as error:
             raise type(error)(f"{error} (the parent of {child.path})", error.errno) from error
 

@@ -25,6 +25,7 @@ class RawWriter(ImageWriter):
         self._size = 0
         self.seekable = target.seekable
         self.ordered = not target.seekable
+        self.threaded = target.seekable
 
     async def begin(self, plan: Plan) -> None:
         """Nothing is allocated ahead of the data."""
@@ -38,10 +39,12 @@ class RawWriter(ImageWriter):
 
     async def data(self, offset: int, data: memoryview) -> None:
         """To its place."""
-        if self.seekable:
-            await self._workers.run(self._target.store, offset, data)
-        else:
-            await self._workers.run(self._append, offset, data)
+        work = self.store if self.seekable else self._append
+        await self._workers.run(work, offset, data)
+
+    def store(self, offset: int, data: memoryview) -> None:
+        """To its place in the file."""
+        self._target.store(offset, data)
 
     async def zero(self, offset: int, length: int) -> None:
         """A hole, which is there already; a pipe gets it together with what follows."""

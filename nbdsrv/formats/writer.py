@@ -50,12 +50,14 @@ class ImageWriter(ABC):
         seekable: False when the target is a pipe; may be set by the constructor.
         fresh: is the image made anew? Otherwise it is overwritten in place, and zeroes must be
             written too.
+        threaded: may ``store`` be used? Only without ``ordered``; spares a change of threads.
     """
 
     ordered: bool = True
     granularity: int = 1
     seekable: bool = True
     fresh: bool = True
+    threaded: bool = False
 
     @abstractmethod
     async def begin(self, plan: Plan) -> None:
@@ -64,6 +66,10 @@ class ImageWriter(ABC):
     @abstractmethod
     async def data(self, offset: int, data: memoryview) -> None:
         """Store; done with ``data`` when it returns."""
+
+    def store(self, offset: int, data: memoryview) -> None:
+        """What ``data`` does, blocking, in any thread, beside other calls; where ``threaded``."""
+        raise NotImplementedError
 
     @abstractmethod
     async def zero(self, offset: int, length: int) -> None:

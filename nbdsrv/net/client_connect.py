@@ -79,8 +79,13 @@ class Remote:
 
 
 def displayed_uri(uri: Uri) -> str:
-    """The URI without secrets: an export of XCP-ng is named after a session that may do more."""
-    return re.sub(r"(session_id(?:=|%3D))[^&?]*", r"\1***", str(uri), flags=re.IGNORECASE)
+    """The URI without secrets."""
+    return _hidden(str(uri))
+
+
+def _hidden(text: str) -> str:
+    """An export of XCP-ng is named after a session that may do more than read it."""
+    return re.sub(r"(session_id(?:=|%3D))[^&?\s'\"]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 async def connect(remote: Remote, *, chunked: bool = True) -> Client:
@@ -115,9 +120,9 @@ async def connect(remote: Remote, *, chunked: bool = True) -> Client:
     except Refused as error:
         hint = "; use nbds:// for TLS" if error.reply == Reply.ERR_TLS_REQD else ""
         number = ERRNOS.get(error.reply, os_errno.EIO)
-        raise DiskError(f"{name}: {error}{hint}", number) from error
+        raise DiskError(_hidden(f"{name}: {error}{hint}"), number) from error
     except RemoteProtocolError as error:
-        raise DiskError(f"{name}: {error}", os_errno.EPROTO) from error
+        raise DiskError(_hidden(f"{name}: {error}"), os_errno.EPROTO) from error
     except OSError as error:
         number = error.errno or os_errno.EIO
         reason = os.strerror(number) if error.errno and error.errno > 0 else str(error)

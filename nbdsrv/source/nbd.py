@@ -202,7 +202,11 @@ class NbdDisk(Disk):
         if self._links.terms.dialect is not Dialect.EXTENDED:
             end = min(end, begin + STATUS_LIMIT)
         found = await self._ask_status(context, begin, end - begin)
-        return _clipped(begin, found, offset, min(offset + length, end))
+        clipped = _clipped(begin, found, offset, min(offset + length, end))
+        if not clipped:
+            text = f"{self.name}: the server's map of {end - begin} bytes at {begin} ends too soon"
+            raise DiskError(text, os_errno.EPROTO)
+        return clipped
 
     async def _ask_status(
         self, context: str, offset: int, length: int

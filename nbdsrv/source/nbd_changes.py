@@ -57,6 +57,8 @@ class Changes:
         """By WRITE_ZEROES; where that is not offered, by writing zeroes."""
         if fast and Ability.FAST_ZERO not in self._abilities:
             raise DiskError(f"{self._name} has no fast way to zero", os_errno.EOPNOTSUPP)
+        if not length:
+            return
         if Ability.ZERO not in self._abilities:
             await self._write_zeroes(offset, length)
             return

@@ -1,4 +1,4 @@
-"""Disks made for one test: content in memory, every extent as the test says, faults where it says."""
+"""Disks made for one test: content in memory, extents and faults where the test says."""
 
 import asyncio
 import errno

@@ -25,7 +25,9 @@ ORDERS = pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "any 
 
 @ORDERS
 async def test_data_arrives_and_holes_are_never_read(workers: Workers, *, ordered: bool) -> None:
-    content, data = pieces(40 * MIB + 5, (4096, NOISE), (30 * MIB + 1, b"x" * 9), (40 * MIB, b"tail!"))
+    content, data = pieces(
+        40 * MIB + 5, (4096, NOISE), (30 * MIB + 1, b"x" * 9), (40 * MIB, b"tail!")
+    )
     source = MemoryDisk(workers, content, data)
     writer = Notebook(ordered=ordered)
     outcome = await Copy(source, writer, workers).run()

@@ -21,8 +21,10 @@ class Watched(Passthrough):
     Attributes:
         reads: (offset, length) of every read that reached it.
         writes: likewise.
-        gate: reads wait until it is set.
+        gate: reads and writes wait until it is set.
+        write_gate: writes alone.
         bad: reads that touch this offset fail there, while ``failures`` last.
+        stubborn: not even cancellation gets anybody away from the gate, as with a thread.
     """
 
     def __init__(self, workers: Workers, inside: Disk) -> None:
@@ -31,6 +33,8 @@ class Watched(Passthrough):
         self.writes: list[tuple[int, int]] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.write_gate = asyncio.Event()
+        self.write_gate.set()
         self.bad: int | None = None
         self.failures = 1 << 30
         self.stubborn = False
@@ -48,15 +52,17 @@ class Watched(Passthrough):
     async def write(self, offset: int, data: memoryview) -> None:
         self.writes.append((offset, len(data)))
         await self._pass_gate()
+        await self.write_gate.wait()
         await super().write(offset, data)
 
     async def _pass_gate(self) -> None:
-        """``stubborn``: not even cancellation gets it away from there, like a thread."""
+        patience = 3  # so that a test which fails ends all the same
         while not self.gate.is_set():
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:
-                if not self.stubborn:
+                patience -= 1
+                if not self.stubborn or not patience:
                     raise
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from nbdsrv.disk.deadline import MAX_HANGING, Deadline
 from nbdsrv.disk.workers import Workers
@@ -15,16 +17,27 @@ from tests.disk.slow_disk import Watched, image, opened
 SIZE = 1 << 20
 
 
-async def bounded(
-    folder: Path, workers: Workers, timeout_s: float, *, retries: int = 2
-) -> tuple[Deadline, Watched, bytes]:
-    golden = image(folder, SIZE)
-    inside = await opened(folder, workers, writable=True)
-    return Deadline(workers, inside, timeout_s, retries=retries), inside, golden
+Open = Callable[..., Awaitable[tuple[Deadline, Watched, bytes]]]
 
 
-async def test_a_read_is_tried_again_from_where_it_failed(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await bounded(tmp_path, workers, 10)
+@pytest_asyncio.fixture
+async def bounded(tmp_path: Path, workers: Workers) -> AsyncIterator[Open]:
+    """Opens one over a watched Disk; closed at the end, whatever happens."""
+    disks: list[Deadline] = []
+
+    async def open_one(timeout_s: float, *, retries: int = 2) -> tuple[Deadline, Watched, bytes]:
+        golden = image(tmp_path, SIZE)
+        inside = await opened(tmp_path, workers, writable=True)
+        disks.append(Deadline(workers, inside, timeout_s, retries=retries))
+        return disks[-1], inside, golden
+
+    yield open_one
+    for disk in disks:
+        await disk.close()
+
+
+async def test_a_read_is_tried_again_from_where_it_failed(bounded: Open) -> None:
+    disk, inside, golden = await bounded(10)
     inside.bad, inside.failures = 5000, 2
     assert await content(disk, 0, SIZE) == golden
     assert inside.reads == [(0, SIZE), (5000, SIZE - 5000), (5000, SIZE - 5000)]
@@ -32,8 +45,8 @@ async def test_a_read_is_tried_again_from_where_it_failed(tmp_path: Path, worker
     await disk.close()
 
 
-async def test_retries_are_bounded(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await bounded(tmp_path, workers, 10, retries=1)
+async def test_retries_are_bounded(bounded: Open) -> None:
+    disk, inside, golden = await bounded(10, retries=1)
     inside.bad = 5000
     buffer = bytearray(SIZE)
     with pytest.raises(DiskError) as raised:
@@ -44,8 +57,8 @@ async def test_retries_are_bounded(tmp_path: Path, workers: Workers) -> None:
     await disk.close()
 
 
-async def test_what_cannot_pass_is_not_tried_again(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, _ = await bounded(tmp_path, workers, 10)
+async def test_what_cannot_pass_is_not_tried_again(bounded: Open) -> None:
+    disk, inside, _ = await bounded(10)
     with pytest.raises(DiskError):
         await content(disk, SIZE, 1)
     assert disk.retried == 0
@@ -57,9 +70,9 @@ async def test_what_cannot_pass_is_not_tried_again(tmp_path: Path, workers: Work
 
 @pytest.mark.parametrize("stubborn", [False, True], ids=["polite", "stubborn"])
 async def test_late_reads_end_in_time_and_their_memory_is_theirs(
-    stubborn: bool, tmp_path: Path, workers: Workers
+    stubborn: bool, bounded: Open
 ) -> None:
-    disk, inside, golden = await bounded(tmp_path, workers, 0.05, retries=1)
+    disk, inside, golden = await bounded(0.05, retries=1)
     inside.stubborn = stubborn
     inside.gate.clear()
     buffer = bytearray(b"\xa5" * 4096)
@@ -74,8 +87,8 @@ async def test_late_reads_end_in_time_and_their_memory_is_theirs(
     await disk.close()
 
 
-async def test_a_late_write_is_not_tried_again(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, _ = await bounded(tmp_path, workers, 0.05)
+async def test_a_late_write_is_not_tried_again(bounded: Open, tmp_path: Path) -> None:
+    disk, inside, _ = await bounded(0.05)
     inside.stubborn = True
     inside.gate.clear()
     data = bytearray(b"x" * 4096)
@@ -88,8 +101,8 @@ async def test_a_late_write_is_not_tried_again(tmp_path: Path, workers: Workers)
     assert (tmp_path / "disk").read_bytes()[:4096] == b"x" * 4096
 
 
-async def test_a_disk_on_which_all_hangs_is_given_up(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await bounded(tmp_path, workers, 0.02, retries=0)
+async def test_a_disk_on_which_all_hangs_is_given_up(bounded: Open) -> None:
+    disk, inside, golden = await bounded(0.02, retries=0)
     inside.stubborn = True
     inside.gate.clear()
     reads = (content(disk, 0, 512) for _ in range(MAX_HANGING))

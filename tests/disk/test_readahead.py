@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from nbdsrv.disk.readahead import ReadAhead
 from nbdsrv.disk.workers import Workers
@@ -16,18 +18,29 @@ CHUNK = 65536
 SIZE = 64 * CHUNK + 100
 
 
-async def ahead(
-    folder: Path, workers: Workers, window: int = 16 * CHUNK, *, writable: bool = False
-) -> tuple[ReadAhead, Watched, bytes]:
-    golden = image(folder, SIZE)
-    inside = await opened(folder, workers, writable=writable)
-    return ReadAhead(workers, inside, chunk=CHUNK, window=window), inside, golden
+Open = Callable[..., Awaitable[tuple[ReadAhead, Watched, bytes]]]
 
 
-async def test_a_sequential_reader_is_served_from_the_window(
-    tmp_path: Path, workers: Workers
-) -> None:
-    disk, inside, golden = await ahead(tmp_path, workers)
+@pytest_asyncio.fixture
+async def ahead(tmp_path: Path, workers: Workers) -> AsyncIterator[Open]:
+    """Opens one over a watched Disk; closed at the end, whatever happens."""
+    disks: list[ReadAhead] = []
+
+    async def open_one(
+        window: int = 16 * CHUNK, *, writable: bool = False
+    ) -> tuple[ReadAhead, Watched, bytes]:
+        golden = image(tmp_path, SIZE)
+        inside = await opened(tmp_path, workers, writable=writable)
+        disks.append(ReadAhead(workers, inside, chunk=CHUNK, window=window))
+        return disks[-1], inside, golden
+
+    yield open_one
+    for disk in disks:
+        await disk.close()
+
+
+async def test_a_sequential_reader_is_served_from_the_window(ahead: Open) -> None:
+    disk, inside, golden = await ahead()
     step = CHUNK // 4
     for at in range(0, SIZE, step):
         count = min(step, SIZE - at)
@@ -40,8 +53,8 @@ async def test_a_sequential_reader_is_served_from_the_window(
     await disk.close()
 
 
-async def test_the_window_is_filled_while_nobody_waits(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await ahead(tmp_path, workers)
+async def test_the_window_is_filled_while_nobody_waits(ahead: Open) -> None:
+    disk, inside, golden = await ahead()
     for at in range(0, 6 * CHUNK, CHUNK):
         await content(disk, at, CHUNK)
     async with asyncio.timeout(5):
@@ -55,8 +68,8 @@ async def test_the_window_is_filled_while_nobody_waits(tmp_path: Path, workers: 
     await disk.close()
 
 
-async def test_random_readers_cause_nothing(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, _ = await ahead(tmp_path, workers)
+async def test_random_readers_cause_nothing(ahead: Open) -> None:
+    disk, inside, _ = await ahead()
     places = [(at * 7919) % 60 * CHUNK for at in range(50)]
     for at in places:
         await content(disk, at, 4096)
@@ -64,8 +77,8 @@ async def test_random_readers_cause_nothing(tmp_path: Path, workers: Workers) ->
     await disk.close()
 
 
-async def test_two_readers_are_told_apart(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await ahead(tmp_path, workers)
+async def test_two_readers_are_told_apart(ahead: Open) -> None:
+    disk, inside, golden = await ahead()
     for at in range(0, 20 * CHUNK, CHUNK):
         for start in (0, 40 * CHUNK):
             begin = start + at
@@ -75,16 +88,16 @@ async def test_two_readers_are_told_apart(tmp_path: Path, workers: Workers) -> N
     await disk.close()
 
 
-async def test_memory_is_bounded_and_may_be_short(tmp_path: Path, workers: Workers) -> None:
-    disk, _, golden = await ahead(tmp_path, workers, window=2 * CHUNK)
+async def test_memory_is_bounded_and_may_be_short(ahead: Open) -> None:
+    disk, _, golden = await ahead(window=2 * CHUNK)
     for at in range(0, 30 * CHUNK, 10_000):
         assert await content(disk, at, 10_000) == golden[at : at + 10_000]
         assert len(disk._shelf) <= 2
     await disk.close()
 
 
-async def test_what_is_written_into_the_window_is_read(tmp_path: Path, workers: Workers) -> None:
-    disk, _, golden = await ahead(tmp_path, workers, writable=True)
+async def test_what_is_written_into_the_window_is_read(ahead: Open) -> None:
+    disk, _, golden = await ahead(writable=True)
     model = bytearray(golden)
     for at in range(0, 40 * CHUNK, CHUNK):
         assert await content(disk, at, CHUNK) == model[at : at + CHUNK]
@@ -94,8 +107,8 @@ async def test_what_is_written_into_the_window_is_read(tmp_path: Path, workers: 
     await disk.close()
 
 
-async def test_an_error_ahead_waits_for_its_reader(tmp_path: Path, workers: Workers) -> None:
-    disk, inside, golden = await ahead(tmp_path, workers)
+async def test_an_error_ahead_waits_for_its_reader(ahead: Open) -> None:
+    disk, inside, golden = await ahead()
     bad = 20 * CHUNK + 777
     inside.bad = bad
     at = 0

@@ -22,7 +22,7 @@ __all__ = ["Mutation", "attempt", "everything", "mutations", "outcome", "threads
 
 Mutation = tuple[int, bytes]
 
-MAX_READ = 1 << 20
+MAX_READ = 64 << 10
 """Bytes read at each of a few places; a mutant may claim to be of any size."""
 PATIENCE_S = 20
 

@@ -182,7 +182,7 @@ async def test_memory_is_bounded_and_everything_still_readable(
     for at in range(0, image.size - 3 * CLUSTER, 2 * CLUSTER):
         assert image.golden[at : at + 3 * CLUSTER] == await content(disk, at, 3 * CLUSTER)
         assert disk._segments <= 20 + PER_PAGE
-        assert disk._segments == sum(len(page.starts) for page in disk._pages.values())
+        assert disk._segments == sum(len(page) for page in disk._pages.values())
     assert len(await extent_map(disk)) == image.size
     await disk.close()
 
@@ -246,5 +246,4 @@ def test_pages_merge_neighbours_only() -> None:
         (1040, 1045, Kind.ABSENT, 0, None),
         (1045, 1052, Kind.BLOCK, 1, None),
         (1052, 1059, Kind.BLOCK, 1, None),
-    ] == page.segments
-    assert [segment[0] for segment in page.segments] == page.starts
+    ] == [page.stretch(index) for index in range(len(page))]

@@ -37,9 +37,7 @@ async def test_a_file_is_sparse(tmp_path: Path, workers: Workers) -> None:
     assert path.stat().st_blocks * 512 < 2 * MIB
 
 
-async def test_a_pipe_gets_the_holes_too(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_pipe_gets_the_holes_too(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     real = os.dup
     monkeypatch.setattr(os, "dup", lambda fd: real(writing if fd == 1 else fd))

@@ -175,6 +175,20 @@ async def test_the_servers_words_and_how_far_the_data_is_good() -> None:
         assert not isinstance(raised.value, ConnectionLost)
 
 
+async def test_what_never_came_is_not_good_whatever_the_error_says() -> None:
+    async with connected() as (client, peer):
+        task, _ = reading(client, 1000, 5000)
+        [request] = await peer.requests(1)
+        await peer.send(
+            data(request.cookie, 1000, b"g" * 500),
+            data(request.cookie, 2000, b"g" * 2000),
+            error_at(request.cookie, 5, 4500, b""),
+        )
+        with pytest.raises(DiskError) as raised:
+            await task
+        assert raised.value.offset == 1500
+
+
 async def test_an_error_without_a_place_leaves_nothing_good() -> None:
     async with connected() as (client, peer):
         task, _ = reading(client, 1000, 5000)

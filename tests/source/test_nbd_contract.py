@@ -1,16 +1,19 @@
 """NbdDisk keeps the Disk contract over every server there is here."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
 from nbdsrv.source.nbd import open_nbd
+from protocol.extents import DATA, HOLE, ExtentList
 from tests.disk.check_disk import OpenDisk, check_disk
 from tests.formats.images import IMAGES, Image
 from tests.net.in_process import running
-from tests.source.peers import listening, unix_uri
+from tests.source.peers import listening, need, unix_uri
 
 CHOSEN = [
     image
@@ -75,3 +78,76 @@ async def test_qemu_nbd(image: Image, read_only: bool, tmp_path: Path, workers: 
     with listening(tmp_path / "sock", *command):
         uri = unix_uri(tmp_path / "sock")
         await check_disk(opener(workers, uri, writable=not read_only), golden)
+
+
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 4096])
+async def test_whole_blocks_are_asked_for_where_the_server_insists(
+    size: int, tmp_path: Path, workers: Workers
+) -> None:
+    golden = Image("blocks", size, ((0, 70_000), (300_000, 1000), (size - 10_000, 10_000))).make(
+        str(tmp_path / "disk")
+    )
+    sizes = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
+    command = nbdkit(tmp_path / "disk", "--filter=blocksize-policy")
+    with listening(tmp_path / "sock", *command, *sizes, "blocksize-error-policy=error"):
+        uri = unix_uri(tmp_path / "sock")
+        await check_disk(opener(workers, uri, writable=False), golden)
+        disk = await open_nbd(uri, workers, writable=True)
+        assert disk.block_sizes.minimum == 4096
+        await disk.write(8192, memoryview(b"w" * 200_704))
+        await disk.trim(1, 5000)  # holds no whole block
+        await disk.flush()
+        with pytest.raises(DiskError, match="blocks of 4096"):
+            await disk.write(1, memoryview(b"w"))
+        await disk.close()
+    written = golden[:8192] + b"w" * 200_704 + golden[208_896:]
+    assert (tmp_path / "disk").read_bytes() == written
+
+
+async def test_a_map_of_many_gigabytes(tmp_path: Path, workers: Workers) -> None:
+    """nbdkit 1.32 does not survive every length there is."""
+    with (tmp_path / "disk").open("wb") as file:
+        file.truncate(6 << 30)
+        file.seek((4 << 30) + 4096)
+        file.write(b"x" * 4096)
+    with listening(tmp_path / "sock", *nbdkit(tmp_path / "disk")):
+        disk = await open_nbd(unix_uri(tmp_path / "sock"), workers)
+        found: list[tuple[int, int]] = []
+        at = 0
+        while at < disk.size:
+            extents = await disk.extents(at, disk.size - at)
+            found += [(extent.length, extent.flags) for extent in extents]
+            at = extents.end
+        data_at = (4 << 30) + 4096
+        expected = [(data_at, HOLE), (4096, DATA), ((6 << 30) - data_at - 4096, HOLE)]
+        assert ExtentList(0, expected) == ExtentList(0, found)
+        await disk.close()
+
+
+async def test_contexts_of_qemu(tmp_path: Path, workers: Workers) -> None:
+    """A dirty bitmap and the allocation depth of a chain."""
+    need("qemu-img")
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", str(base), "1M"],
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", str(base)],
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(top)],
+        ["qemu-img", "bitmap", "--add", str(top), "changed"],
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 2 128k 64k", str(top)],
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = ["qemu-nbd", "-t", "-r", "-A", "-B", "changed", "-f", "qcow2", str(top)]
+    bitmap = "qemu:dirty-bitmap:changed"
+    with listening(tmp_path / "sock", *command):
+        uri = unix_uri(tmp_path / "sock")
+        contexts = ("base:allocation", "qemu:allocation-depth", bitmap, "qemu:unheard-of")
+        disk = await open_nbd(uri, workers, contexts=contexts)
+        assert disk.contexts == contexts[:3]
+        k = 1024
+        dirty = ExtentList(0, [(128 * k, 0), (64 * k, 1), (832 * k, 0)])
+        assert dirty == await disk.status(bitmap, 0, disk.size)
+        depth = [(64 * k, 2), (64 * k, 0), (64 * k, 1), (832 * k, 0)]
+        assert ExtentList(0, depth) == await disk.status(contexts[1], 0, disk.size)
+        with pytest.raises(DiskError):
+            await disk.status("qemu:unheard-of", 0, disk.size)
+        await disk.close()

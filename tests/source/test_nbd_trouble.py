@@ -355,6 +355,20 @@ async def test_sessions_of_xcp_ng_are_not_told(tmp_path: Path, workers: Workers)
     assert "session_id=***" in str(error).replace("%3D", "=")
 
 
+async def test_nor_when_it_is_the_server_that_tells(sock: Path, workers: Workers) -> None:
+    async def talk(conversation: Conversation) -> None:
+        await conversation.greet()
+        while (option := await conversation.option())[0] != Option.GO:
+            conversation.reply(option[0], Reply.ERR_UNSUP)
+        conversation.reply(Option.GO, Reply.ERR_UNKNOWN, b"no 'vdi?session_id=secret' here")
+
+    async with misbehaving(sock, talk):
+        uri = unix_uri(sock, "vdi?session_id=secret")
+        error = await failure(open_nbd(uri, workers))
+        assert "secret" not in str(error)
+        assert "here" in str(error)
+
+
 @pytest.mark.parametrize("text", ["nbd://[::1", "nbd+unix:///x", "http://x/", "nbd://host:99999/"])
 async def test_what_is_not_a_uri_is_a_usage_error(text: str, workers: Workers) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):

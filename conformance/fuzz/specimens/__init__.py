@@ -7,6 +7,7 @@
     differencing VHD, VHDX and VDI children, which only Hyper-V, XenServer and VirtualBox write
     archives     OVA, XVA
     compressed   gzip, xz, zstd: plain, in members or blocks, and bombs
+    bombs        compressed clusters and grains, XML, that unpack to more than there is memory
     partitioned  MBR with logical partitions, GPT with both sector sizes
     raw          no metadata: what the harness itself is tried with
 """
@@ -26,15 +27,15 @@ _HERE = "conformance.fuzz.specimens."
 
 FORMATS = {
     "raw": ("hypervisors:raw",),
-    "qcow2": ("hypervisors:qcow2", "hypervisors:qcow2_features"),
+    "qcow2": ("hypervisors:qcow2", "hypervisors:qcow2_features", "bombs:qcow2"),
     "qcow": ("hypervisors:qcow",),
     "vhd": ("hypervisors:vhd", "differencing:vhd"),
     "vhdx": ("hypervisors:vhdx", "differencing:vhdx"),
-    "vmdk": ("hypervisors:vmdk", "vmware:vmdk"),
+    "vmdk": ("hypervisors:vmdk", "vmware:vmdk", "bombs:vmdk"),
     "vdi": ("hypervisors:vdi", "differencing:vdi"),
     "parallels": ("hypervisors:parallels",),
-    "ova": ("archives:ova",),
-    "xva": ("archives:xva",),
+    "ova": ("archives:ova", "bombs:ova"),
+    "xva": ("archives:xva", "bombs:xva"),
     "gzip": ("compressed:gzip_images",),
     "xz": ("compressed:xz_images",),
     "zstd": ("compressed:zstd_images",),

@@ -16,7 +16,7 @@ from conformance.fuzz.mending import mend_tar
 from conformance.fuzz.specimen import MIB, Specimen, guest_content
 from conformance.fuzz.specimens.hypervisors import SMALL, Bench
 
-__all__ = ["ova", "xva"]
+__all__ = ["archive", "ova", "xva"]
 
 _OVF = """<?xml version="1.0" encoding="UTF-8"?>
 <Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1"
@@ -69,10 +69,10 @@ def _ova(
     description = _OVF.format(files=files, disks=disks).encode()
     sums = "".join(f"SHA256({n})= {hashlib.sha256(d).hexdigest()}\n" for n, d in members)
     content = [("vm.ovf", description), ("vm.mf", sums.encode()), *members]
-    return _archive("ova", label, content, suffix, bench.content, form)
+    return archive("ova", label, content, suffix, bench.content, form)
 
 
-def _archive(
+def archive(
     kind: str,
     label: str,
     members: Sequence[tuple[str, bytes]],
@@ -80,6 +80,7 @@ def _archive(
     content: bytes,
     form: int = tarfile.USTAR_FORMAT,
 ) -> Specimen:
+    """An archive of these members, the first being its description, as a specimen."""
     name = f"vm.{kind}"
     files = {name: _tar(members, form)}
     return Specimen(kind, label, files, f"{kind}:{{}}/{name}{suffix}", content, mend_tar)
@@ -104,8 +105,8 @@ def xva(directory: Path) -> list[Specimen]:
     content[-(16 << 10) :] = guest_content(16 << 10, seed=2)
     whole = bytes(content)
     return [
-        _archive("xva", "one disk", _xva({"Ref:3": whole}, ".checksum"), "", whole),
-        _archive(
+        archive("xva", "one disk", _xva({"Ref:3": whole}, ".checksum"), "", whole),
+        archive(
             "xva",
             "two disks",
             _xva({"Ref:3": whole, "Ref:7": whole[:MIB]}, ".xxhash"),

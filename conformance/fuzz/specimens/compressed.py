@@ -16,7 +16,7 @@ from conformance.fuzz.specimen import MIB, Mend, Specimen, guest_content
 
 __all__ = ["BOMB", "gzip_images", "xz_images", "zstd_images"]
 
-BOMB = 512 * MIB
+BOMB = 384 * MIB
 SIZE = 700_333
 PIECE = 100_000
 

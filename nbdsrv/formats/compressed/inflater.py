@@ -21,6 +21,8 @@ __all__ = ["Inflater"]
 
 PIECE = 16 << 10
 """Bytes of the file inflated at a time; deflate makes at most 1032 times as much of them."""
+MAX_PADDING = 64 << 20
+"""Bytes of zeroes behind the last member; tapes and devices leave some."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -75,7 +77,7 @@ class Inflater:
         if not at or data.startswith(GZIP_MAGIC):
             return False
         while data:
-            if data.strip(b"\0"):
+            if data.strip(b"\0") or at - self.position > MAX_PADDING:
                 raise self._file.corrupt(at, "something that is no gzip member")
             at += len(data)
             data = self._file.read_up_to(at, PIECE)

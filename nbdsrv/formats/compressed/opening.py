@@ -66,7 +66,7 @@ async def _open(
         _check_inside(file, inside)
         if inside == "raw":
             return CompressedDisk(workers, file, kind, source)
-    unpacked = await in_turns(workers, unpack(file, kind))
+    unpacked = await in_turns(workers, unpack(file, kind), ImageFile.close)
     try:
         disk = await _open_unpacked(unpacked, opening, kind)
     except BaseException:

@@ -113,8 +113,11 @@ def _decode_xz(file: ImageFile) -> Decoded:
     at = 0
     while at < file.size:
         at = yield from _decode_xz_stream(file, at)
-        while at < file.size and file.read_up_to(at, 4) == bytes(4):
-            at += 4
+        while data := file.read_up_to(at, PIECE):
+            at += (len(data) - len(data.lstrip(b"\0"))) // 4 * 4
+            if data.strip(b"\0"):
+                break
+            yield b""
 
 
 def _decode_xz_stream(file: ImageFile, at: int) -> Generator[bytes, None, int]:

@@ -28,6 +28,9 @@ MAX_XZ_MEMORY = 192 << 20
 """Bytes liblzma may use; the dictionary of ``xz -9`` is 64 MiB."""
 MAX_STREAMS = 1 << 16
 """Streams in a file; concatenating them is possible and rare."""
+PIECE = 64 << 10
+MAX_PADDING = 64 << 20
+"""Bytes of zeroes behind a stream; tapes and devices leave some, a file with a tebibyte is odd."""
 CHECKS = frozenset({0, 1, 4, 10})
 """None, CRC32, CRC64, SHA-256."""
 LEAST_UNPADDED = 5
@@ -136,10 +139,17 @@ def survey_xz(file: ImageFile) -> Generator[None, None, BlockSource | None]:
 
 
 def _without_padding(file: ImageFile, end: int) -> int:
-    """Between streams there may be zeroes, four at a time."""
-    while end >= 4 and file.read(end - 4, 4, "the xz footer") == bytes(4):
-        end -= 4
-    return end
+    """Behind a stream there may be zeroes, four at a time."""
+    at = end
+    while at > 0:
+        size = min(PIECE, at)
+        kept = len(file.read(at - size, size, "the xz footer").rstrip(b"\0"))
+        at -= size - kept
+        if end - at > MAX_PADDING or (kept and (end - at) % 4):
+            raise file.corrupt(at, f"{end - at} zeroes behind an xz stream")
+        if kept:
+            break
+    return at
 
 
 def _read_stream(

@@ -71,6 +71,10 @@ class Entries:
         self._cluster = header.cluster_size
         self._sector_bits = header.cluster_bits - 8
         self._offset_bits = 62 - self._sector_bits
+        # An entry without any of these bits is a place in the file, and all is well with it.
+        self._unusual = COMPRESSED | L2_RESERVED | ZERO_FLAG | self._cluster - 512
+        if data_file is not None:
+            self._unusual = -1
 
     def segments(
         self, table: bytes, position: int, guest: int, length: int, claims: list[Claim]
@@ -113,9 +117,16 @@ class Entries:
             step = self._step(word)
             expected = _NEVER if step == _NEVER else word + step
         starts.append(len(words))
+        unusual, size = self._unusual, self._file.size
         for number, word in enumerate(firsts):
             start = starts[number] * cluster
             span = min(starts[number + 1] * cluster, length) - start
+            at = word & OFFSET_MASK
+            if at and not word & unusual and at + span <= size:
+                shared = not (self.active and word & COPIED)
+                claims.append(Claim(at, at + span, shared))
+                yield Segment(span, _DATA, at)
+                continue
             where = position + starts[number] * 8
             if not word:
                 yield Segment(span, _ABSENT)

@@ -36,6 +36,8 @@ MAX_BLOCKS = 128
 """Refcount blocks kept in memory when they are unchanged: 8 MiB of 64 KiB."""
 DEVICE_RESERVE = 16
 """Clusters at a device's end that only tables get: a refcount block must always fit."""
+GROW_STEP = 2 << 20
+"""Bytes: files are grown by multiples, since growing costs as much as a small write does."""
 LOOK_THROUGH = 16
 """Blocks looked through for free clusters before one allocation gives up and grows the file."""
 
@@ -97,6 +99,7 @@ class Refcounts:
         if not file.device:  # what is behind the file's end reads as zeroes
             self._end = max(self._end, -(-file.size >> self._bits))
         self._cursor = 0
+        self._size_before = file.size
 
     # --- what is there -------------------------------------------------------------------------
 
@@ -143,6 +146,10 @@ class Refcounts:
     def is_table(self, cluster: int) -> bool:
         """Does a table lie there, so that no data may? Does not block."""
         return cluster in self._tables
+
+    def no_table(self, cluster: int, count: int) -> bool:
+        """Does no table lie among these clusters? Does not block."""
+        return self._tables.isdisjoint(range(cluster, cluster + count))
 
     def table_range(self) -> tuple[int, int]:
         """Where the refcount table lies, and where it ends."""
@@ -271,11 +278,20 @@ class Refcounts:
         size = self._end << self._bits
         if size <= self._file.size:
             return
+        size = -(-size // GROW_STEP) * GROW_STEP
         try:
             os.ftruncate(self._file.fd, size)
         except OSError as error:
             raise DiskError.from_os(f"growing {self._file.path}", error) from error
         self._file.size = size
+
+    def cut_file(self) -> None:
+        """Give back what the file was grown by in advance. Raises OSError."""
+        with self._lock:
+            size = max(self._end << self._bits, self._size_before)
+            if size < self._file.size:
+                os.ftruncate(self._file.fd, size)
+                self._file.size = size
 
     def _set(self, first: int, count: int, value: int) -> None:
         mask = (1 << self._block_bits) - 1
@@ -312,14 +328,20 @@ class Refcounts:
         if clusters * size > max(MAX_REFCOUNT_TABLE_BYTES, size):
             text = f"{self._file.path}: the image cannot grow, its refcount table is full"
             raise DiskError(text, os_errno.ENOSPC)
-        if self._moved is None:
-            self._moved = (self._position, len(self._table) * 8 // size)
+        old = self._position, len(self._table) * 8 // size
+        unwritten = self._moved is not None
+        self._moved = self._moved or old
         self._table.extend(array("Q", bytes(clusters * size - len(self._table) * 8)))
         first = self._end
         self._end += clusters
         self._position = first << self._bits
         self._tables.update(range(first, first + clusters))
         self._set(first, clusters, 1)
+        if unwritten:  # the file knows nothing of the table this one replaces
+            begin = old[0] >> self._bits
+            self._tables.difference_update(range(begin, begin + old[1]))
+            self._set(begin, old[1], 0)
+            self._cursor = min(self._cursor, begin)
 
     # --- to be written -------------------------------------------------------------------------
 

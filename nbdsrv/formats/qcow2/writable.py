@@ -36,8 +36,8 @@ __all__ = ["WritableQcow2", "open_writable"]
 
 MAX_NEW = 64
 """Clusters allocated together: 4 MiB of 64 KiB, more than most writes."""
-PLACE_AHEAD = 256
-"""Clusters that ``place`` looks at beyond those it was asked for."""
+PLACE_AHEAD = 32
+"""Clusters that ``place`` looks at beyond those it was asked for, where the tables change."""
 
 _DATA, _ZERO, _ABSENT = int(Kind.DATA), int(Kind.ZERO), int(Kind.ABSENT)
 
@@ -88,6 +88,7 @@ class WritableQcow2(ChangingQcow2):
         if self._zero_clusters or self.backing is None:
             self.abilities |= Ability.FAST_ZERO
         self._busy: dict[int, asyncio.Event] = {}
+        self._placed = (-1, 0, self.file.run(0, 0))
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -96,24 +97,40 @@ class WritableQcow2(ChangingQcow2):
 
         Never blocks.
         """
-        if not self._prepared or self._flush_failed or self._closed:
-            return None
-        table = self._tables.get(offset >> self._bits + self._l2_bits)
-        if table is None or not table.own:
-            return None
-        cluster = offset >> self._bits
-        index = cluster & (1 << self._l2_bits) - 1
-        wanted = (offset + length - 1 >> self._bits) - cluster + 1
-        limit = min(index + wanted + PLACE_AHEAD, len(table.words))
-        count = self._in_place(table, index, cluster, limit)
-        count = table.durable_count(index, count)
-        skip = offset & self.header.cluster_size - 1
-        reach = min((count << self._bits) - skip, self.size - offset)
-        if reach < length:
-            return None
-        return self.file.run((table.words[index] & OFFSET_MASK) + skip, reach)
+        epoch, first, run = self._placed
+        if epoch != self.epoch or not first <= offset <= offset + length <= first + run.length:
+            if not self._prepared or self._flush_failed or self._closed or not length:
+                return None
+            # Looking far pays only where the tables stand still.
+            found = self._find_place(offset, length, None if epoch == self.epoch else PLACE_AHEAD)
+            if found is None:
+                return None
+            first, run = found
+            self._placed = (self.epoch, first, run)
+        skip = offset - first
+        return run._replace(position=run.position + skip, length=run.length - skip)
 
-    def _in_place(self, table: Table, index: int, cluster: int, limit: int) -> int:
+    def _find_place(
+        self, offset: int, length: int, ahead: int | None
+    ) -> tuple[int, FileRun] | None:
+        """Where the first of the clusters in place begins, and all of them up to ``ahead`` more."""
+        cluster = offset >> self._bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        if table is None:
+            return None
+        index = cluster & (1 << self._l2_bits) - 1
+        limit = len(table.words)
+        if ahead is not None:
+            wanted = (offset + length - 1 >> self._bits) - cluster + 1
+            limit = min(index + wanted + ahead, limit)
+        count = table.durable_count(index, self._in_place(table, index, limit))
+        first = cluster << self._bits
+        reach = min(count << self._bits, self.size - first)
+        if first + reach < offset + length:
+            return None
+        return first, self.file.run(table.words[index] & OFFSET_MASK, reach)
+
+    def _in_place(self, table: Table, index: int, limit: int) -> int:
         """How many clusters from ``index`` on are our own and follow each other in the file."""
         words, size = table.words, self.header.cluster_size
         word = words[index]
@@ -121,17 +138,20 @@ class WritableQcow2(ChangingQcow2):
             return 0
         if not self._sound(word):
             return 0
-        count, host = 0, (word & OFFSET_MASK) >> self._bits
-        limit = min(limit, index + (self.file.size >> self._bits) - host)
-        busy, is_table = self._busy, self._refcounts.is_table
-        while index < limit and words[index] == word and not is_table(host):
-            if busy and cluster in busy:
-                break
-            count += 1
-            index += 1
-            cluster += 1
-            host += 1
-            word += size
+        host = (word & OFFSET_MASK) >> self._bits
+        most = min(limit - index, (self.file.size >> self._bits) - host)
+        # A stretch at a time, twice as long while they go on, half as long once one does not.
+        count, step, growing = min(most, 1), 1, True
+        while count < most and step:
+            more = min(step, most - count)
+            begin = word + count * size
+            goes_on = words[index + count : index + count + more] == array(
+                "Q", range(begin, begin + more * size, size)
+            ) and self._refcounts.no_table(host + count, more)
+            if goes_on:
+                count += more
+            growing = growing and goes_on
+            step = step * 2 if growing else step // 2
         return count
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -159,7 +179,7 @@ class WritableQcow2(ChangingQcow2):
             wanted = (offset + len(data) - 1 >> self._bits) - cluster + 1
             limit = min(index + wanted, len(table.words))
             self._check_entries(table, index, index + 1)
-            count = self._in_place(table, index, cluster, limit)
+            count = self._in_place(table, index, limit)
             if not count:
                 return await self._write_new(table, index, limit - index, offset, data)
             skip = offset & self.header.cluster_size - 1
@@ -335,7 +355,7 @@ class WritableQcow2(ChangingQcow2):
         count = 0
         while count < limit and cluster + count not in self._busy:
             at = index + count
-            if count and self._in_place(table, at, cluster + count, at + 1):
+            if count and self._in_place(table, at, at + 1):
                 break
             count += 1
         self._check_entries(table, index, index + count)

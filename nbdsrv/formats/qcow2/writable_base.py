@@ -105,9 +105,9 @@ class ChangingQcow2(Qcow2Disk):
         for number in range(first, last + 1):
             page = self._pages.get(number)
             if page is not None:
-                before = len(page.starts)
+                before = len(page)
                 self._patch_page(number, page, offset, length, kind, position)
-                self._segments += len(page.starts) - before
+                self._segments += len(page) - before
 
     def _patch_page(
         self, number: int, page: Page, offset: int, length: int, kind: int, position: int
@@ -229,7 +229,9 @@ class ChangingQcow2(Qcow2Disk):
                 else:
                     self._tables.put_back(work.taken)
                     self._given_up = given_up + self._given_up
-                    self._flush_failed = self._flush_failed or work.lost
+                    if work.lost:
+                        self._flush_failed = True
+                        self.epoch += 1  # nothing is placed any more
             await self._end_quarantine(monotonic() - QUARANTINE_S)
 
     async def _end_quarantine(self, until: float) -> None:
@@ -264,12 +266,14 @@ class ChangingQcow2(Qcow2Disk):
         """Write the tables, so that what was written is found again; then close the files."""
         if self._closed:
             return
+        self.epoch += 1
         try:
             if not self._flush_failed:
                 await self._write_back(self._begun + 1)
                 await self._end_quarantine(monotonic())
                 if self._refcounts.pending:
                     await self._write_back(self._begun + 1)
+                await self._run(self._refcounts.cut_file)
         finally:
             await super().close()
 

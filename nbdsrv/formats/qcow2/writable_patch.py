@@ -7,15 +7,9 @@
     after    |= a' =|## new ##|a|.. b ..|      neighbours merge where the file goes on
 """
 
-from bisect import bisect_right
-
-from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, Page
+from nbdsrv.formats.mapped import Kind, Page, Stretch
 
 __all__ = ["Stretch", "patch"]
-
-Stretch = tuple[int, int, int, int, ImageFile | None]
-"""(start, end, kind, position, file), as a Page holds them."""
 
 _DATA, _BLOCK = int(Kind.DATA), int(Kind.BLOCK)
 
@@ -23,20 +17,16 @@ _DATA, _BLOCK = int(Kind.DATA), int(Kind.BLOCK)
 def patch(page: Page, new: Stretch) -> None:
     """Put ``new`` in place of whatever the page says of its bytes, which the page must cover."""
     start, end = new[0], new[1]
-    segments = page.segments
-    first = bisect_right(page.starts, start) - 1
-    last = bisect_right(page.starts, end - 1) - 1
-    parts = [_cut(segments[first], segments[first][0], start), new]
-    parts.append(_cut(segments[last], end, segments[last][1]))
+    first, last = page.find(start), page.find(end - 1)
+    before, after = page.stretch(first), page.stretch(last)
+    parts = [_cut(before, before[0], start), new, _cut(after, end, after[1])]
     if first:
         first -= 1
-        parts.insert(0, segments[first])
-    if last + 1 < len(segments):
+        parts.insert(0, page.stretch(first))
+    if last + 1 < len(page):
         last += 1
-        parts.append(segments[last])
-    merged = _merged([part for part in parts if part[0] < part[1]])
-    segments[first : last + 1] = merged
-    page.starts[first : last + 1] = [part[0] for part in merged]
+        parts.append(page.stretch(last))
+    page.replace(first, last, _merged([part for part in parts if part[0] < part[1]]))
 
 
 def _cut(segment: Stretch, start: int, end: int) -> Stretch:

@@ -56,6 +56,7 @@ class Qcow2Writer(ImageWriter):
         self._image: _File | _Pipe
         if target.seekable:
             self.seekable = True
+            self.threaded = True
             self._image = _File(workers, target, self._shape)
         else:
             self.ordered = True
@@ -70,6 +71,11 @@ class Qcow2Writer(ImageWriter):
         """Store, leaving out what is all zero."""
         if len(data):
             await self._image.data(offset, data)
+
+    def store(self, offset: int, data: memoryview) -> None:
+        """The same into a file, in the caller's thread."""
+        assert isinstance(self._image, _File)
+        self._image.store(offset, data)
 
     async def zero(self, offset: int, length: int) -> None:
         """Zero clusters over a backing image; nothing at all where there is none."""
@@ -106,13 +112,19 @@ class _File:
         self._tables = await self._workers.run(Tables, *args)
 
     async def data(self, offset: int, data: memoryview) -> None:
-        store = self._store_plain if self._compress is None else self._store_compressed
+        store = self.store
         job = max(JOB, self._shape.cluster_size)
         if len(data) <= job:
             await self._workers.run(store, offset, data)
             return
         parts = range(0, len(data), job)
         await _all([self._workers.run(store, offset + at, data[at : at + job]) for at in parts])
+
+    def store(self, offset: int, data: memoryview) -> None:
+        if self._compress is None:
+            self._store_plain(offset, data)
+        else:
+            self._store_compressed(offset, data)
 
     def _store_plain(self, offset: int, data: memoryview) -> None:
         for begin, length in data_runs(data, self._shape.cluster_size):

@@ -23,15 +23,12 @@ from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile, open_image_file
 from nbdsrv.formats.opening import Opening
 from nbdsrv.formats.vhd.metadata import Header
-from nbdsrv.formats.vhd.structs import Platform
+from nbdsrv.formats.vhd.structs import MAX_NAME, Platform
 
-__all__ = ["MAX_NAME", "find_parent", "parent_names", "windows_names"]
+__all__ = ["find_parent", "parent_names", "windows_names"]
 
 _ORDER = (Platform.W2RU, Platform.W2KU, Platform.MACX)
 """Of trying locators: what moves along with the child comes first."""
-
-MAX_NAME = 1 << 16
-"""Bytes of a name: Windows paths have up to 32 767 UTF-16 units."""
 
 _WINDOWS_ROOT = re.compile(r"(//\?/|//\./)?(UNC/[^/]+/[^/]+|Volume\{[^}/]*\}|[A-Za-z]:|)(?=/)")
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?")
@@ -70,7 +67,8 @@ def find_parent(
             refusals.append(str(error))
         finally:
             file.close()
-    text = f"its parent, image {' or '.join(map(str, wanted))}, is not to be found: "
+    identity = " or ".join(map(str, wanted)) or "it does not say which"
+    text = f"its parent ({identity}) is not to be found: "
     text += "; ".join(refusals) or "it has no name"
     if missing:
         raise DiskError(f"{child.path}: {text}", os_errno.ENOENT)

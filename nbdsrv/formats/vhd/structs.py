@@ -32,6 +32,7 @@ __all__ = [
     "HEADER_COOKIE",
     "HEADER_SIZE",
     "LOCATORS",
+    "MAX_NAME",
     "MAX_SECTORS",
     "MAX_SIZE",
     "NO_OFFSET",
@@ -123,6 +124,8 @@ _LOCATOR: Any = Struct(
     "data_offset" / Int64ub,
 )
 LOCATORS = 8
+MAX_NAME = 1 << 16
+"""Bytes of a name in a locator: Windows paths have up to 32 767 UTF-16 units."""
 
 HEADER: Any = Struct(
     "cookie" / Bytes(8),

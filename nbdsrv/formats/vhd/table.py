@@ -15,7 +15,7 @@ from sys import byteorder
 from nbdsrv.errors import CorruptImage
 from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.vhd.metadata import Footer, Header
-from nbdsrv.formats.vhd.structs import ABSENT, FOOTER_SIZE, HEADER_SIZE, SECTOR
+from nbdsrv.formats.vhd.structs import ABSENT, FOOTER_SIZE, HEADER_SIZE, MAX_NAME, SECTOR
 
 __all__ = ["MAX_COMPARED", "BlockTable", "any_present"]
 
@@ -101,6 +101,6 @@ def _reserved(header: Header) -> list[tuple[int, int, str]]:
         (header.table_at, header.table_at + 4 * header.table_entries, "block table"),
     ]
     for platform, position, length in header.locators:
-        if platform and length:
+        if platform and length <= MAX_NAME:
             ranges.append((position, position + length, "name of the parent"))
     return sorted(ranges)

@@ -78,8 +78,9 @@ class Replayed:
 
     def _walk(self, position: int, end: int) -> Iterator[tuple[int, int, Patch | None]]:
         """[position, end) in pieces that are patched, or not."""
-        index = max(bisect_right(self._starts, position) - 1, 0)
-        for patch in self._patches[index:]:
+        first = max(bisect_right(self._starts, position) - 1, 0)
+        for index in range(first, len(self._patches)):
+            patch = self._patches[index]
             if patch[0] >= end:
                 break
             if patch[1] <= position:

@@ -39,7 +39,7 @@ _EXTENT = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _LOOKS_LIKE_EXTENT = re.compile(r"(RW|RDONLY|NOACCESS)\s", re.ASCII | re.IGNORECASE)
-_KEY = re.compile(r"""([\w.:-]+) \s* = \s* (?: "([^"]*)" | ([^"\s]*) )""", re.VERBOSE)
+_KEY = re.compile(r"""([\w.:-]+) \s* = \s* (?: "([^"]*)" | ([^"]*) )""", re.VERBOSE)
 _HEX = re.compile(r"[0-9a-f]{1,8}", re.IGNORECASE | re.ASCII)
 
 _CHARSETS = {

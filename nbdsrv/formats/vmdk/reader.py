@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from nbdsrv.disk.concat import Concat
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.mapped import MappedDisk, Segment
 from nbdsrv.formats.opening import Opening
@@ -194,12 +194,7 @@ async def _open_parent(file: ImageFile, layout: Layout, opening: Opening) -> Dis
     if not descriptor.parent_name:
         raise file.corrupt(position, f"its parent has CID {wanted}, but it does not say where")
     name = await opening.workers.look_up(_find, file, descriptor.parent_name)
-    try:
-        parent = await opening.below(file, name, "vmdk")
-    except CorruptImage as error:
-        if file.path in str(error):
-            raise
-        raise CorruptImage(f"{error} (the parent of {file.path})") from error
+    parent = await opening.below(file, name, "vmdk")
     try:
         _prove(file, position, descriptor, parent)
     except DiskError:

@@ -1,5 +1,6 @@
 """Compressed raw disks: every way a stream may be cut reads the same."""
 
+import asyncio
 import gzip
 import lzma
 import os
@@ -14,7 +15,8 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import UnsupportedImage
 from nbdsrv.formats.compressed import gzip as gzip_source
 from nbdsrv.formats.compressed import source as block_source
-from nbdsrv.formats.opening import Opening, open_image
+from nbdsrv.formats.image_file import open_image_file
+from nbdsrv.formats.opening import Opening, open_file, open_image
 from protocol.extents import DATA, HOLE, ZERO
 from tests.disk.check_disk import OpenDisk, check_disk
 from tests.disk.reading import content
@@ -22,7 +24,7 @@ from tests.formats.compressed.streams import STREAMS, Stream, disk_content, pipe
 from tests.formats.mutants import everything
 
 KIB, MIB = 1 << 10, 1 << 20
-SIZE = 2 * MIB + 777
+SIZE = MIB + 777
 
 each_stream = pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 
@@ -164,6 +166,28 @@ async def test_other_images_inside_are_refused(
         await open_image(str(path), "", Opening(workers))
     name = {"vpc": "vhd"}.get(inside, inside)
     assert str(raised.value).startswith(f"{path}: holds a {name} image; ")
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+async def test_opening_can_be_cancelled(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr("nbdsrv.formats.turns.TURN_S", 0)
+    path = tmp_path / "disk.z"
+    path.write_bytes(piped(disk_content(MIB), kind, "-c"))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for patience in range(0, 200, 7):
+        file = open_image_file(str(path))
+        opening = asyncio.ensure_future(open_file(file, kind, Opening(workers)))
+        for _ in range(patience):
+            await asyncio.sleep(0)
+        assert opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        file.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 async def test_room_is_shared(workers: Workers) -> None:

@@ -186,11 +186,14 @@ async def test_cancelled_changes_leave_a_sound_image(tmp_path: Path, workers: Wo
     for patience in range(60):
         offset = chance.randrange(MIB - 50_000)
         length = chance.randrange(1, 50_000)
-        work: Any = disk.write(offset, view(new[offset : offset + length]))
-        if patience % 5 == 4:
-            work = disk.flush()
-        task = asyncio.ensure_future(work)
+        write = disk.write(offset, view(new[offset : offset + length]))
+        task = asyncio.ensure_future(write)
         for _ in range(patience % 9 + 1):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        task = asyncio.ensure_future(disk.flush())
+        for _ in range(patience % 4 + 1):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])

@@ -61,7 +61,7 @@ KINDS = {
     "small clusters": (full, "-o", "cluster_size=512"),
     "large clusters": (empty, "-o", "cluster_size=2M"),
     "preallocated": (empty, "-o", "preallocation=metadata"),
-    "zlib": (text),
+    "zlib": (text,),
     "zstd": (text, "-o", "compression_type=zstd"),
     "chain": (chain,),
     "chain of version 2": (chain, "-o", "compat=0.10"),
