@@ -91,7 +91,8 @@ def _limit(seconds: float | None, cases: int | None) -> Callable[[int, float], b
 
 def _missing(name: str) -> str:
     """Why there is no reader to try, or ""."""
-    where = "nbdsrv.formats.partition:" if name == "partition" else opening._FORMATS[name]  # noqa: SLF001
+    form = name.removesuffix("-write")
+    where = "nbdsrv.formats.partition:" if form == "partition" else opening._FORMATS[form]  # noqa: SLF001
     try:
         import_module(where.partition(":")[0])
     except Exception as error:  # noqa: BLE001 - whatever it is, there is no reader then

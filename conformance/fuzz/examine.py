@@ -26,7 +26,14 @@ from nbdsrv.errors import CorruptImage, DiskError, NbdsrvError
 from nbdsrv.export.grammar import parse_source
 from nbdsrv.export.opener import open_source
 
-__all__ = ["FoundError", "Outcome", "examine", "open_descriptors"]
+__all__ = [
+    "FoundError",
+    "Outcome",
+    "check_descriptors",
+    "check_message",
+    "examine",
+    "open_descriptors",
+]
 
 WINDOW = 1 << 20
 """Bytes read at a time."""
@@ -34,8 +41,8 @@ BEGINNING = 4 << 20
 """Bytes from the start that are looked at completely: more than the specimens have."""
 MAX_ANSWERS = 200
 """Block status answers of a window; a mutant may have as many extents as it likes."""
-LONGEST_MESSAGE = 1000
-"""Characters, the directory's name included."""
+LONGEST_MESSAGE = 2500
+"""Characters: two paths of a thousand, and what is to be said of them."""
 COUNTED = {"qcow2"}
 """Formats with reference counts, where several users of a cluster are nothing unusual."""
 MAX_SIZE = 2**63 - 1
@@ -81,14 +88,14 @@ async def examine(
     try:
         disk = await open_source(parse_source(source), workers)
     except NbdsrvError as error:
-        _check_message(error, names)
-        _check_descriptors(descriptors)
+        check_message(error, names)
+        check_descriptors(descriptors)
         return Outcome("refused", str(error))
     try:
         problem = await _look_around(disk, names, rng, content, beginning)
     finally:
         await disk.close()
-    _check_descriptors(descriptors)
+    check_descriptors(descriptors)
     return Outcome("broken", problem) if problem else Outcome("accepted", "", bytes(beginning))
 
 
@@ -97,13 +104,15 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _check_descriptors(before: int) -> None:
+def check_descriptors(before: int) -> None:
+    """No more are open than before."""
     now = open_descriptors()
     if now != before:
         raise FoundError("descriptors", f"{now - before} descriptors are left open")
 
 
-def _check_message(error: NbdsrvError, names: Sequence[str]) -> None:
+def check_message(error: NbdsrvError, names: Sequence[str]) -> None:
+    """It is one line that says in which file (of ``names``) and where."""
     text = str(error)
     if "\n" in text or not text.isprintable() or not text:
         raise FoundError("message", f"not one printable line: {text!r}"[:400])
@@ -136,7 +145,7 @@ async def _look_around(
             if offset == len(beginning) < BEGINNING:
                 beginning += data
         except DiskError as error:
-            _check_message(error, names)
+            check_message(error, names)
             problem = problem or str(error)
     _check_overlaps(places)
     return problem

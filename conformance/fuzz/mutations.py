@@ -29,6 +29,8 @@ HURTFUL_WORDS = [
 ]
 HUGE_FILES = [1 << 30, 1 << 40, (1 << 42) + 512]
 """Sizes a file is extended to, sparse: a bound by the file's size is none then."""
+READ_WHOLE = {"gzip"}
+"""Formats that cannot be opened in less time than it takes to read them."""
 LONGEST = 64 << 20
 """Bytes a mutant may have in memory; what goes beyond is given as a sparse size."""
 _NUMBER = re.compile(rb"[0-9]+")
@@ -196,7 +198,7 @@ def _cut(mutant: Mutant, name: str) -> None:
 def _extend(mutant: Mutant, name: str) -> None:
     rng, data = mutant.rng, mutant.files[name]
     kind = rng.randrange(4)
-    if kind == 0:
+    if kind == 0 and mutant.specimen.format not in READ_WHOLE:
         mutant.sizes[name] = rng.choice(HUGE_FILES)
     elif kind == 1:
         data += bytes(rng.choice((1, 511, 512, 4096, 65536, 1 << 20)))

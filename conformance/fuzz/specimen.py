@@ -46,6 +46,7 @@ class Specimen:
         mend: makes a file's checksums right; called for each mutated file.
         known: guest data that is in the files besides ``content``, a backing file's for instance.
         peer: does qemu-img read it? Not differencing images, for instance.
+        writes: is it opened for writing, too?
         bomb: not mutated, only given to the reader: unpacking it carelessly costs everything.
     """
 
@@ -57,6 +58,7 @@ class Specimen:
     mend: Mend | None = None
     bomb: bool = False
     peer: bool = True
+    writes: bool = False
     known: bytes = b""
     _metadata: dict[str, list[int]] = field(default_factory=dict)
 

@@ -27,11 +27,20 @@ from typing import Any
 
 import uvloop
 
-from conformance.fuzz.examine import FoundError, Outcome, examine
+from conformance.fuzz.change import change
+from conformance.fuzz.examine import (
+    FoundError,
+    Outcome,
+    check_descriptors,
+    check_message,
+    examine,
+    open_descriptors,
+)
 from conformance.fuzz.mutations import Mutant, mutate
 from conformance.fuzz.peer import KNOWN, second_opinion
 from conformance.fuzz.specimen import Specimen, is_bomb_turn
 from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import NbdsrvError
 
 __all__ = ["AS_IT_IS", "choose", "main", "write_files"]
 
@@ -108,7 +117,8 @@ class _Victim:
         _forget_peak()
         source = specimen.source.replace("{}", str(directory))
         rng = random.Random(number)
-        outcome = await self._judge(source, list(case.mutant.files), rng, case.content)
+        names = list(case.mutant.files)
+        outcome = await self._judge(source, names, rng, case.content, writes=specimen.writes)
         if self._peer and specimen.peer and outcome.verdict == "accepted":
             image = Path(source.partition(":")[2])
             opinion, why = second_opinion(specimen.format, image, outcome.beginning)
@@ -123,12 +133,36 @@ class _Victim:
         told |= {"verdict": outcome.verdict, "detail": outcome.detail, "peak": _peak()}
         _say(event="end", **told)
 
+    async def _write(
+        self, source: str, names: Sequence[str], rng: random.Random, read: Outcome
+    ) -> Outcome:
+        """``read`` is what came of reading; refused means here: not for writing."""
+        descriptors = open_descriptors()
+        try:
+            done, problem = await change(source, names, self._workers, rng)
+        except NbdsrvError as error:
+            check_message(error, names)
+            outcome = Outcome("refused", str(error))
+        else:
+            outcome = Outcome("broken", problem) if problem else read
+            outcome.detail += f" ({done} changes)"
+        check_descriptors(descriptors)
+        return outcome
+
     async def _judge(
-        self, source: str, names: Sequence[str], rng: random.Random, content: bytes | None
+        self,
+        source: str,
+        names: Sequence[str],
+        rng: random.Random,
+        content: bytes | None,
+        *,
+        writes: bool,
     ) -> Outcome:
         self._stray.clear()
         try:
             outcome = await examine(source, names, self._workers, rng, content)
+            if writes and outcome.verdict != "refused":
+                outcome = await self._write(source, names, rng, outcome)
             if self._stray:
                 gc.collect()
                 return Outcome("stray", "; ".join(self._stray)[:600])

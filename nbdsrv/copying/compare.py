@@ -15,18 +15,16 @@ import asyncio
 import heapq
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from nbdsrv.copying.progress import Advance
-from nbdsrv.copying.reading import PIECE, Lender, read_piece
+from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
 from nbdsrv.copying.survey import DataMap, survey
 from nbdsrv.copying.zeroes import first_nonzero
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 
 __all__ = ["Verdict", "compare"]
-
-WINDOW = 6
-"""Pieces being read at a time, each twice: 24 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,9 @@ async def compare(
     sizes = one.size, other.size
     if strict and one.size != other.size:
         return Verdict(sizes, min(sizes))
-    union = _union(await survey(one), await survey(other))
-    comparison = _Comparison(one, other, workers, union.bytes, advance)
+    first, second = _Side(one, await survey(one)), _Side(other, await survey(other))
+    union = _union(first.data, second.data)
+    comparison = _Comparison(first, second, workers, union.bytes, advance)
     return Verdict(sizes, await comparison.run(union))
 
 
@@ -71,9 +70,22 @@ def _union(one: DataMap, other: DataMap) -> DataMap:
     return union
 
 
+@dataclass(frozen=True, slots=True)
+class _Side:
+    disk: Disk
+    data: DataMap
+
+    def length(self, offset: int, length: int) -> int:
+        """How many of these bytes must be read; what follows them is zeroes."""
+        is_data, upto = self.data.data_until(offset)
+        if not is_data and upto >= min(offset + length, self.disk.size):
+            return 0
+        return min(length, self.disk.size - offset)
+
+
 class _Comparison:
     def __init__(
-        self, one: Disk, other: Disk, workers: Workers, total: int, advance: Advance | None
+        self, one: _Side, other: _Side, workers: Workers, total: int, advance: Advance | None
     ) -> None:
         self._one = one
         self._other = other
@@ -109,32 +121,17 @@ class _Comparison:
 
     async def _piece(self, offset: int, length: int) -> int | None:
         """Offset of the first difference within this piece."""
-        here = max(0, min(length, self._one.size - offset))
-        there = max(0, min(length, self._other.size - offset))
+        one, other, workers = self._one.disk, self._other.disk, self._workers
+        here = self._one.length(offset, length)
+        there = self._other.length(offset, length)
         async with self._buffers.lend() as first, self._buffers.lend() as second:
-            workers = self._workers
-            if here:
-                await read_piece(self._one, workers, offset, first, here, _nothing)
+            judge = partial(_first_difference, first, here, second, there)
             if not there:
-                found = await workers.run(first_nonzero, first, 0, here)
-            elif not here:
-                found = await read_piece(
-                    self._other,
-                    workers,
-                    offset,
-                    second,
-                    there,
-                    lambda: first_nonzero(second, 0, there),
-                )
+                found = await read_piece(one, workers, offset, first, here, judge)
             else:
-                found = await read_piece(
-                    self._other,
-                    workers,
-                    offset,
-                    second,
-                    there,
-                    lambda: _first_difference(first, here, second, there),
-                )
+                if here:
+                    await read_piece(one, workers, offset, first, here, _nothing)
+                found = await read_piece(other, workers, offset, second, there, judge)
         return None if found is None else offset + found
 
 

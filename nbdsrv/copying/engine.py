@@ -30,7 +30,7 @@ from functools import partial
 
 from nbdsrv.copying.delta import differences
 from nbdsrv.copying.progress import Advance
-from nbdsrv.copying.reading import PIECE, Lender, read_piece
+from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
 from nbdsrv.copying.survey import DataMap, survey
 from nbdsrv.copying.zeroes import split
 from nbdsrv.disk.disk import Disk
@@ -39,8 +39,6 @@ from nbdsrv.formats.writer import ImageWriter, Plan
 
 __all__ = ["Copy", "Outcome"]
 
-WINDOW = 8
-"""Pieces being read and written at a time."""
 GAP = 1 << 28
 """Bytes zeroed at a time on a disk that is overwritten; progress is told after each."""
 MIN_ZERO = 4096

@@ -5,6 +5,7 @@ handing pieces on (comparing through a memoryview is forty times slower).
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
@@ -14,12 +15,17 @@ from nbdsrv.disk.runs import RemoteRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 
-__all__ = ["PIECE", "Lender", "read_piece"]
+__all__ = ["PIECE", "WINDOW", "Lender", "read_piece"]
 
 T = TypeVar("T")
 
 PIECE = 2 << 20
 """Bytes read at a time: a block of a VHD, and what still fits a processor's cache with its copy."""
+
+WINDOW = min(max(len(os.sched_getaffinity(0)), 4), 16)
+"""Pieces being read or written at a time: as many as there are processors to work on them, enough
+for a disk or a network that takes its time, and no more threads than that to get in each other's
+way. 32 MiB at most."""
 
 
 class Lender:

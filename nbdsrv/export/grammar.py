@@ -49,7 +49,7 @@ REPOSITORIES = frozenset(
     {"repo", "repo+s3", "xo", "pbs", "virtnbdbackup", "casync", "benji", "restic", "borg"}
 )
 HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
-NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+unix", "nbds+unix"})
+NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix"})
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
 _PARTITION = re.compile(r"(.*)~p([0-9]+)", re.DOTALL)

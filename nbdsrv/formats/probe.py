@@ -61,7 +61,7 @@ def probe(path: str) -> str:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return "raw"  # a device, or something that opening will explain
-        return _recognise(os.pread(fd, FOOTER, 0), os.pread(fd, 8, max(info.st_size - FOOTER, 0)))
+        return _recognise(os.pread(fd, FOOTER, 0), os.pread(fd, 9, max(info.st_size - FOOTER, 0)))
     except OSError as error:
         raise DiskError.from_os(path, error) from error
     finally:
@@ -73,7 +73,7 @@ def probe_file(file: ImageFile) -> str:
     if file.device:
         return "raw"
     start = file.read_up_to(0, FOOTER)
-    return _recognise(start, file.read_up_to(max(file.size - FOOTER, 0), 8))
+    return _recognise(start, file.read_up_to(max(file.size - FOOTER, 0), 9))
 
 
 def _recognise(start: bytes, footer: bytes) -> str:
@@ -84,7 +84,7 @@ def _recognise(start: bytes, footer: bytes) -> str:
             return name
     if start[64:68] == _VDI:
         return "vdi"
-    if footer == b"conectix":
+    if b"conectix" in {footer[:8], footer[1:]}:  # ancient footers have 511 bytes
         return "vhd"
     first = start[:100].partition(b"\0")[0]  # of a tar archive: its first member's name
     if first == b"ova.xml":

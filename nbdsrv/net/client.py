@@ -2,9 +2,9 @@
 
 ::
 
-    read() write() ... ── _submit ──> queue ── _flush ──> socket      once per turn of the loop
-          ^                                                  |
-          └── Pending, by cookie <── _take <── _readable <───┘
+    read() write() ... ── _ask ──> Outbox ──> socket
+          ^                                     |
+          └── Pending, by cookie <── _take <── _readable
                     |                            header: into scratch
                     └── caller's buffer <─────── data: straight from the socket
 
@@ -24,6 +24,7 @@ from functools import partial
 
 from nbdsrv.errors import DiskError
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.client_outbox import Outbox
 from nbdsrv.net.client_pending import ConnectionLost, Pending, Statuses
 from protocol.answers import Answer, Data, Done, Failed, Hole, Status
 from protocol.connection import ClientConnection
@@ -47,8 +48,6 @@ DIRECT = 1 << 12
 """Bytes of a chunk still to come that are worth a system call of their own."""
 RECEIVES = 32
 """System calls before others have their turn."""
-SMALL = 1 << 12
-"""Pieces to send that are joined rather than sent each on its own."""
 FAREWELL_S = 1.0
 """Seconds that answers nobody waits for are waited for when closing: some servers take a
 connection reset badly."""
@@ -85,9 +84,7 @@ class Client:
         self._bytes = 0
         self._bulky = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._out: deque[memoryview] = deque()
-        self._flush_due = False
-        self._writing = False
+        self._outbox = Outbox(channel, self._broken)
         self._closed = False
         self._quiet = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -160,7 +157,7 @@ class Client:
         self.load += 1
         if moved >= BULKY and pending.buffer is not None:
             self._bulky += 1
-        self._post(header, pending.data)
+        self._outbox.post(header, pending.data)
         self._start_clock(pending)
         try:
             await pending.answered
@@ -219,12 +216,8 @@ class Client:
     def _abandon(self, pending: Pending) -> None:
         """The caller has gone and takes its memory along."""
         pending.buffer = None
-        if pending.data is None:
-            return
-        owner = pending.data.obj
-        for at, piece in enumerate(self._out):
-            if piece.obj is owner:
-                self._out[at] = memoryview(bytes(piece))
+        if pending.data is not None:
+            self._outbox.copy(pending.data)
 
     # --- the clock -----------------------------------------------------------------------
 
@@ -246,43 +239,6 @@ class Client:
             text = f"no answer within {self._request_s:g} s ({oldest.what})"
             self._lose(text, os_errno.ETIMEDOUT)
 
-    # --- sending -------------------------------------------------------------------------
-
-    def _post(self, header: bytes, data: memoryview | None) -> None:
-        """Queue a request; all that are made in this turn of the loop leave together."""
-        self._out.append(memoryview(header))
-        if data is not None:
-            self._out.append(data)
-        if not self._flush_due and not self._writing:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_due = False
-        if self.lost is not None or self._channel.fileno() < 0:
-            return
-        try:
-            drained = self._send_queue()
-        except OSError as error:
-            self._lose(_reason(error), error.errno or os_errno.EPIPE)
-            return
-        if drained and self._writing:
-            self._loop.remove_writer(self._channel.fileno())
-        elif not drained and not self._writing:
-            self._loop.add_writer(self._channel.fileno(), self._flush)
-        self._writing = not drained
-
-    def _send_queue(self) -> bool:
-        """False if the socket takes no more."""
-        out = self._out
-        while out:
-            piece = _joined(out) if len(out[0]) < SMALL else out.popleft()
-            count = self._channel.send(piece, more=bool(out))
-            if count < len(piece):
-                out.appendleft(piece[count:])
-                return False
-        return True
-
     # --- receiving -----------------------------------------------------------------------
 
     def _readable(self) -> None:
@@ -295,7 +251,7 @@ class Client:
                 self._take(answer)
             self._lose(str(error), os_errno.EPROTO)
         except OSError as error:
-            self._lose(_reason(error), error.errno or os_errno.ECONNRESET)
+            self._broken(error)
         else:
             if (
                 self.lost is None and self._channel.pending()
@@ -360,6 +316,10 @@ class Client:
 
     # --- the end -------------------------------------------------------------------------
 
+    def _broken(self, error: OSError) -> None:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        self._lose(reason, error.errno or os_errno.ECONNRESET)
+
     def _lose(self, why: str, errno: int) -> None:
         """The connection is dead: so is every request on it."""
         if self.lost is not None:
@@ -380,11 +340,10 @@ class Client:
         fd = self._channel.fileno()
         if fd >= 0:
             self._loop.remove_reader(fd)
-            self._loop.remove_writer(fd)
+            self._outbox.close()
             self._channel.close()
         if self._timer is not None:
             self._timer.cancel()
-        self._out.clear()
 
     async def close(self) -> None:
         """Say goodbye and close; who still waits for an answer gets an error. Idempotent."""
@@ -409,21 +368,6 @@ class Client:
         if self.lost is not None:
             return
         with contextlib.suppress(ProtocolError, OSError):
-            self._out.append(memoryview(self._connection.disconnect()))
-            self._send_queue()
+            self._outbox.post(self._connection.disconnect(), None)
+            self._outbox.send()
         self._lose("closed", os_errno.EBADF)
-
-
-def _joined(out: deque[memoryview]) -> memoryview:
-    """The small pieces at the head of the queue as one."""
-    first = out.popleft()
-    if not out or len(out[0]) >= SMALL:
-        return first
-    joined = bytearray(first)
-    while out and len(out[0]) < SMALL and len(joined) < SCRATCH:
-        joined += out.popleft()
-    return memoryview(joined)
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -61,27 +61,36 @@ def test_no_permission_to_write(disk: Path) -> None:
 
 
 def test_a_format_that_is_not_served(tmp_path: Path) -> None:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed")
-    path = tmp_path / "disk.qcow2"
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"]
-    subprocess.run(create, check=True, timeout=30)
+    path = tmp_path / "disk.luks"
+    path.write_bytes(b"LUKS\xba\xbe" + bytes(1 << 20))
     for command in COMMANDS:
         said = refusal(FAILED, command, path)
-        assert f"{path}: qcow2" in said
+        assert f"{path}: luks" in said
         assert f"raw:{path}" in said
+
+
+def test_a_format_that_the_file_is_not_in(disk: Path) -> None:
+    for kind in ("qcow2", "qcow", "vhd", "vhdx", "vmdk", "vdi", "parallels", "ova", "xva", "gzip"):
+        said = refusal(FAILED, "info", f"{kind}:{disk}")
+        assert str(disk) in said
+
+
+def test_a_chain_whose_parent_is_gone(tmp_path: Path) -> None:
+    if shutil.which("qemu-img") is None:
+        assert os.environ.get("CI") != "true", "CI is expected to have qemu-img"
+        pytest.skip("qemu-img is not installed")
+    path = tmp_path / "disk.qcow2"
+    create = ["qemu-img", "create", "-qu", "-f", "qcow2", "-F", "raw", "-b", "gone.img"]
+    subprocess.run([*create, str(path), "1M"], check=True, timeout=30)
+    for command in COMMANDS:
+        said = refusal(FAILED, command, path)
+        assert f"{tmp_path}/gone.img: No such file" in said
+        assert str(path) in said
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "qcow2:/d",
-        "vhd:/d",
-        "vhdx:/d",
-        "vmdk:/d",
-        "vdi:/d",
-        "nbd://localhost/d",
-        "nbd+unix:///?socket=/s",
         "repo:/r",
         "repo+s3://bucket/p#vm/sda@latest",
         "xo:/r",
@@ -98,9 +107,14 @@ def test_kinds_of_source_that_come_later(source: str) -> None:
     assert "not served yet" in said
 
 
-def test_partitions_come_later(disk: Path) -> None:
-    assert "~p1" in refusal(FAILED, "info", f"{disk}~p1")
+def test_partitions_that_are_not_there(disk: Path) -> None:
+    assert str(disk) in refusal(FAILED, "info", f"{disk}~p1")
     assert "1 to 128" in refusal(USAGE, "info", f"{disk}~p0")
+
+
+@pytest.mark.parametrize("source", ["nbd://127.0.0.1:1/d", "nbd+unix:///?socket=/nothing/there"])
+def test_servers_that_are_not_there(source: str) -> None:
+    assert source.partition(":")[0] in refusal(FAILED, "info", source)
 
 
 @pytest.mark.parametrize("source", ["", "raw:", "repo:", "~p1"])

@@ -3,15 +3,20 @@
 import asyncio
 import errno
 import itertools
+import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdsrv.copying.engine import WINDOW, Copy
+from nbdsrv.copying.engine import Copy
+from nbdsrv.copying.reading import WINDOW
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError, UnsupportedImage
+from nbdsrv.formats.raw_writer import RawWriter
+from nbdsrv.formats.target_file import TargetFile
 from nbdsrv.formats.writer import Plan
 from tests.copying.disks import MIB, MemoryDisk, pieces
 from tests.copying.notebook import Notebook
@@ -233,3 +238,33 @@ async def test_cancellation_aborts(workers: Workers, patience: int, *, ordered: 
         await copying
     assert writer.fate == "aborted"
     assert (source.under_way, writer.under_way) == (0, 0)
+
+
+# --- writing in the threads that read ------------------------------------------------------------
+
+
+async def test_a_threaded_writer_is_given_data_where_it_was_read(
+    tmp_path: Path, workers: Workers
+) -> None:
+    content, _ = pieces(9 * MIB + 1, (MIB, NOISE), (6 * MIB + 100, b"x"), (9 * MIB, b"y"))
+    path = tmp_path / "disk.img"
+    writer = RawWriter(workers, TargetFile(str(path)))
+    outcome = await Copy(MemoryDisk(workers, content), writer, workers).run()
+    assert path.read_bytes() == content
+    assert outcome.written == 3 * MIB + UNIT + 1
+    assert outcome.zero == outcome.size - outcome.written
+    assert path.stat().st_blocks * 512 == 3 * MIB + 2 * UNIT
+
+
+async def test_what_goes_wrong_there_is_told_as_it_is(tmp_path: Path, workers: Workers) -> None:
+    class Full(RawWriter):
+        def store(self, offset: int, data: memoryview) -> None:
+            if offset >= 4 * MIB:
+                raise DiskError("writing there: No space left on device", errno.ENOSPC)
+            super().store(offset, data)
+
+    writer = Full(workers, TargetFile(str(tmp_path / "disk.img")))
+    source = MemoryDisk(workers, chance.randbytes(20 * MIB))
+    with pytest.raises(DiskError, match=r"^writing there: No space left on device$"):
+        await Copy(source, writer, workers).run()
+    assert os.listdir(tmp_path) == []

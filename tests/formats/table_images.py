@@ -69,12 +69,11 @@ def two_states(ranges: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool
 
 def states_only(states: bytes) -> list[tuple[int, int, bool]]:
     """The same of a state for every byte, as ``check_disk.extent_map`` gives them."""
+    zeroes = states.translate(bytes(1 if state & ZERO else 0 for state in range(256)))
     found, at = [], 0
-    while at < len(states):
-        zero = bool(states[at] & ZERO)
-        end = at + 1
-        while end < len(states) and bool(states[end] & ZERO) == zero:
-            end += 1
-        found.append((at, end - at, zero))
+    while at < len(zeroes):
+        end = zeroes.find(1 - zeroes[at], at)
+        end = len(zeroes) if end < 0 else end
+        found.append((at, end - at, bool(zeroes[at])))
         at = end
     return found

@@ -1,98 +1,21 @@
-"""One connection of ours: answers in any order, cancellation, bounds, and hostile servers.
-
-The server's end is a socket the test writes to; ``Chunks`` builds what a server would send.
-"""
+"""One connection of ours: answers in any order, cancellation, bounds, its end."""
 
 import asyncio
 import errno
 import random
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nbdsrv.errors import DiskError
-from nbdsrv.net.channel import PlainChannel
-from nbdsrv.net.client import MAX_IN_FLIGHT, Client, ConnectionLost
+from nbdsrv.net.client import MAX_IN_FLIGHT, ConnectionLost
 from nbdsrv.net.client_connect import Patience, Remote, connect
 from protocol import structs
-from protocol.constants import Dialect, ReplyType, TransmissionFlag
-from protocol.terms import Negotiated
+from protocol.constants import ReplyType
 from protocol.uri import Uri
-
-SIZE = 1 << 30
-F = TransmissionFlag
-FLAGS = F.HAS_FLAGS | F.SEND_FLUSH | F.SEND_TRIM | F.SEND_WRITE_ZEROES | F.SEND_DF
-MIB = 1 << 20
-
-
-class Peer:
-    """The server's end of a connection."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.loop = asyncio.get_running_loop()
-
-    async def take(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = await self.loop.sock_recv(self.sock, count - len(data))
-            assert more, "the client has gone"
-            data += more
-        return data
-
-    async def requests(self, count: int):
-        return [structs.Request.parse(await self.take(28)) for _ in range(count)]
-
-    async def send(self, *pieces: bytes) -> None:
-        await self.loop.sock_sendall(self.sock, b"".join(pieces))
-
-
-def chunk(cookie: int, kind: int, payload: bytes = b"", *, done: bool = False) -> bytes:
-    fields = {"flags": int(done), "type": kind, "cookie": cookie, "length": len(payload)}
-    return structs.StructuredChunk.build(fields) + payload
-
-
-def data(cookie: int, offset: int, content: bytes, *, done: bool = False) -> bytes:
-    payload = structs.OffsetData.build({"offset": offset, "data": content})
-    return chunk(cookie, ReplyType.OFFSET_DATA, payload, done=done)
-
-
-def hole(cookie: int, offset: int, length: int, *, done: bool = False) -> bytes:
-    payload = structs.OffsetHole.build({"offset": offset, "length": length})
-    return chunk(cookie, ReplyType.OFFSET_HOLE, payload, done=done)
-
-
-def error_at(cookie: int, number: int, offset: int, text: bytes) -> bytes:
-    fields = {"error": number, "text_length": len(text), "text": text, "offset": offset}
-    payload = structs.ErrorOffsetChunk.build(fields)
-    return chunk(cookie, ReplyType.ERROR_OFFSET, payload, done=True)
-
-
-@asynccontextmanager
-async def connected(
-    dialect: Dialect = Dialect.STRUCTURED, *, request_s: float = 10.0
-) -> AsyncIterator[tuple[Client, Peer]]:
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    terms = Negotiated(export="", size=SIZE, flags=FLAGS, dialect=dialect)
-    client = Client(PlainChannel(ours), terms, "nbd://test/", request_s=request_s)
-    try:
-        yield client, Peer(theirs)
-    finally:
-        theirs.close()
-        await client.close()
-
-
-def reading(client: Client, offset: int, length: int) -> tuple["asyncio.Task[None]", bytearray]:
-    buffer = bytearray(b"\xa5") * length
-    return asyncio.ensure_future(client.read(offset, memoryview(buffer))), buffer
-
+from tests.net.client_peer import MIB, chunk, connected, data, error_at, hole, reading
 
 # --- answers ---------------------------------------------------------------------------------
 
@@ -325,78 +248,6 @@ async def test_nothing_is_asked_on_a_closed_connection() -> None:
         await client.close()
         with pytest.raises(DiskError, match="closed"):
             await client.read(0, memoryview(bytearray(512)))
-
-
-# --- hostile servers -------------------------------------------------------------------------
-
-HOSTILE = {
-    "wrong magic": lambda cookie: b"\xff" * 32,
-    "stranger's cookie": lambda cookie: hole(cookie + 5, 0, 100_000, done=True),
-    "beyond the end": lambda cookie: data(cookie, 90_000, b"x" * 20_000),
-    "before the start": lambda cookie: hole(cookie, (1 << 64) - 10, 20),
-    "twice": lambda cookie: data(cookie, 0, b"x" * 5000) + data(cookie, 4000, b"x" * 5000),
-    "success without data": lambda cookie: chunk(cookie, ReplyType.NONE, done=True),
-    "huge chunk": lambda cookie: structs.StructuredChunk.build(
-        {"flags": 0, "type": 1, "cookie": cookie, "length": 0xFFFFFFFF}
-    ),
-    "status unasked": lambda cookie: chunk(cookie, ReplyType.BLOCK_STATUS, bytes(12)),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_answers_end_the_connection(name: str) -> None:
-    async with connected() as (client, peer):
-        guard = bytearray(b"\xa5") * 300_000
-        task = asyncio.ensure_future(client.read(0, memoryview(guard)[100_000:200_000]))
-        [request] = await peer.requests(1)
-        await peer.send(HOSTILE[name](request.cookie))
-        async with asyncio.timeout(5):
-            with pytest.raises(ConnectionLost):
-                await task
-        assert guard[:100_000] == guard[200_000:] == b"\xa5" * 100_000
-
-
-HOW = ["set", "cut", "add"]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 2**20), st.integers(0, 255), st.sampled_from(["set", "cut", "add"])
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(0, 3),
-)
-def test_mangled_answers_never_escape(mutations: list[tuple[int, int, str]], seed: int) -> None:
-    """Whatever the bytes, a read ends: well and with the server's bytes, or with a DiskError."""
-    asyncio.run(mangled(mutations, seed))
-
-
-async def mangled(mutations: list[tuple[int, int, str]], seed: int) -> None:
-    golden = random.Random(seed).randbytes(3000)
-    async with connected() as (client, peer):
-        reads = [reading(client, at, 1000) for at in (0, 1000, 2000)]
-        sent = bytearray()
-        for request in await peer.requests(3):
-            at, half = request.offset, 500
-            sent += data(request.cookie, at, golden[at : at + half])
-            sent += data(request.cookie, at + half, golden[at + half : at + 1000], done=True)
-        for place, value, how in mutations:
-            at = place % (len(sent) or 1)
-            if how == "set":
-                sent[at : at + 1] = bytes([value])
-            elif how == "cut":
-                del sent[at : at + value]
-            else:
-                sent[at:at] = bytes([value])
-        await peer.send(bytes(sent))
-        peer.sock.shutdown(socket.SHUT_WR)
-        async with asyncio.timeout(10):
-            found = await asyncio.gather(*(task for task, _ in reads), return_exceptions=True)
-        assert all(error is None or isinstance(error, DiskError) for error in found), found
 
 
 # --- TCP -------------------------------------------------------------------------------------

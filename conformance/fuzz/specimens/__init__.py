@@ -5,6 +5,7 @@
     hypervisors  qcow2 qcow vhd vhdx vmdk vdi parallels as qemu-img writes them, with chains
     vmware       COWD and seSparse, which only ESXi writes
     differencing VHD, VHDX and VDI children, which only Hyper-V, XenServer and VirtualBox write
+    vhdx_log     VHDX with changes that only its log knows
     archives     OVA, XVA
     compressed   gzip, xz, zstd: plain, in members or blocks, and bombs
     bombs        compressed clusters and grains, XML, that unpack to more than there is memory
@@ -28,9 +29,10 @@ _HERE = "conformance.fuzz.specimens."
 FORMATS = {
     "raw": ("hypervisors:raw",),
     "qcow2": ("hypervisors:qcow2", "hypervisors:qcow2_features", "bombs:qcow2"),
+    "qcow2-write": ("hypervisors:qcow2_writable",),
     "qcow": ("hypervisors:qcow",),
     "vhd": ("hypervisors:vhd", "differencing:vhd"),
-    "vhdx": ("hypervisors:vhdx", "differencing:vhdx"),
+    "vhdx": ("hypervisors:vhdx", "differencing:vhdx", "vhdx_log:vhdx"),
     "vmdk": ("hypervisors:vmdk", "vmware:vmdk", "bombs:vmdk"),
     "vdi": ("hypervisors:vdi", "differencing:vdi"),
     "parallels": ("hypervisors:parallels",),

@@ -5,6 +5,7 @@ of a million has.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from conformance.fuzz.mending import mend_vhd, mend_vhdx
@@ -18,6 +19,7 @@ __all__ = [
     "qcow",
     "qcow2",
     "qcow2_features",
+    "qcow2_writable",
     "raw",
     "vdi",
     "vhd",
@@ -30,6 +32,8 @@ MEDIUM = 640 * KIB + 512
 LARGE = 5 * MIB + 512
 """For formats with blocks of 1 or 2 MiB: a few of them, one of them absent."""
 RAW = "guest.img"
+READ_ONLY = {"subclusters", "data", "data-raw", "snapshot"}
+"""qcow2 images that are served read-only."""
 
 
 class Bench:
@@ -154,6 +158,20 @@ def _qcow2_bitmaps(bench: Bench) -> list[Specimen]:
     bench.io(name, "qcow2", "write -P 3 8k 20k")
     bench.img("bitmap", "--add", "--disable", name, "second")
     return [bench.specimen("qcow2", "bitmaps", [name], content=bench.read("qcow2", name))]
+
+
+def qcow2_writable(directory: Path) -> list[Specimen]:
+    """Those of all qcow2 images that may be written to."""
+    made = []
+    for index, make in enumerate((qcow2, qcow2_features)):
+        place = directory / str(index)
+        place.mkdir()
+        made += make(place)
+    return [
+        replace(each, format="qcow2-write", writes=True)
+        for each in made
+        if each.name not in READ_ONLY
+    ]
 
 
 def qcow(directory: Path) -> list[Specimen]:

@@ -87,7 +87,7 @@ async def _open_unpacked(unpacked: ImageFile, opening: Opening, kind: str) -> Di
 def _inside(source: BlockSource) -> str:
     """The format of what the blocks hold. Blocking."""
     end = source.read(max(source.size - FOOTER, 0), FOOTER)
-    return _recognise(source.read(0, FOOTER), end[:8])
+    return _recognise(source.read(0, FOOTER), end[:9])
 
 
 def _check_inside(file: ImageFile, inside: str) -> None:

@@ -12,6 +12,7 @@ from nbdsrv.errors import UnsupportedImage
 from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.parallels.structs import (
     EMPTY_FLAG,
+    EXTENSION_MAGIC,
     HEADER_SIZE,
     IN_USE,
     MAGIC,
@@ -40,7 +41,7 @@ class Header:
         table_end: first byte that may hold a cluster.
         empty: has nothing ever been written?
         in_use: was it not closed?
-        extension: is there a format extension?
+        extension: is there a format extension? The old format has random bytes there.
     """
 
     magic: str
@@ -75,6 +76,10 @@ def read_header(file: ImageFile) -> Header:
     table_end = HEADER_SIZE + 4 * raw.entries
     if table_end > file.size:
         raise file.corrupt(HEADER_SIZE, "the cluster table reaches beyond the end of the file")
+    if extended and raw.extension:
+        at = raw.extension * SECTOR
+        if file.read(at, len(EXTENSION_MAGIC), "the format extension") != EXTENSION_MAGIC:
+            raise file.corrupt(at, "no format extension where the header says")
     cluster_size = raw.tracks * SECTOR
     return Header(
         magic=raw.magic.decode(),
@@ -84,5 +89,5 @@ def read_header(file: ImageFile) -> Header:
         table_end=table_end,
         empty=bool(raw.flags & EMPTY_FLAG),
         in_use=raw.in_use == IN_USE,
-        extension=bool(raw.extension),
+        extension=extended and bool(raw.extension),
     )

@@ -66,11 +66,12 @@ class ParallelsDisk(MappedDisk):
         header = self._header
         first = offset // header.cluster_size
         count = -(-length // header.cluster_size)
-        if header.empty:
-            return (Segment(length, Kind.ABSENT),)
         raw = self.file.read(HEADER_SIZE + 4 * first, 4 * count, "the cluster table")
         if not any(raw):
             return (Segment(length, Kind.ABSENT),)
+        if header.empty:
+            at = HEADER_SIZE + 4 * first
+            raise self.file.corrupt(at, "the image is marked as empty, and its table is not")
         entries = array("I", raw)
         if sys.byteorder == "big":  # pragma: no cover
             entries.byteswap()

@@ -14,8 +14,8 @@ Facts: "Parallels Expandable Image File Format" in QEMU's documentation.
 from construct import Bytes, Int32ul, Int64ul, Struct
 
 __all__ = [
-    "CLEAN",
     "EMPTY_FLAG",
+    "EXTENSION_MAGIC",
     "HEADER_SIZE",
     "IN_USE",
     "MAGIC",
@@ -47,6 +47,6 @@ SECTOR = 512
 VERSION = 2
 IN_USE = 0x746F_6E59
 """Somebody has it open for writing, or did when the power went."""
-CLEAN = 0x312E_3276
 EMPTY_FLAG = 1
-"""Nothing has ever been written; whatever the table says."""
+"""Nothing has ever been written."""
+EXTENSION_MAGIC = (0xAB23_4CEF_23DC_EA87).to_bytes(8, "little")

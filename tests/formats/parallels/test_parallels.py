@@ -107,7 +107,9 @@ async def test_old_format_counts_in_sectors(tmp_path: Path, workers: Workers) ->
 async def test_not_closed_and_with_an_extension(tmp_path: Path, workers: Workers) -> None:
     path, golden = converted(tmp_path, SCATTERED, "parallels")
     patch(path, 44, IN_USE)
-    patch(path, 56, struct.pack("<Q", 1))
+    end = os.path.getsize(path)
+    patch(path, 56, struct.pack("<Q", end // 512))
+    patch(path, end, struct.pack("<Q", 0xAB234CEF23DCEA87) + bytes(MIB - 8))
     disk = await open_image(path, "", Opening(workers))
     assert await content(disk, 0, disk.size) == golden
     assert disk.facts["in_use"] is True
@@ -116,9 +118,17 @@ async def test_not_closed_and_with_an_extension(tmp_path: Path, workers: Workers
 
 
 async def test_image_marked_empty(tmp_path: Path, workers: Workers) -> None:
-    path, golden = converted(tmp_path, SCATTERED, "parallels")
+    path, golden = converted(tmp_path, CONTENTS[0], "parallels")
     patch(path, 52, struct.pack("<I", 1))
-    await check_disk(opener(path, workers), bytes(len(golden)))
+    await check_disk(opener(path, workers), golden)
+
+
+async def test_image_marked_empty_that_is_not(tmp_path: Path, workers: Workers) -> None:
+    path, _ = converted(tmp_path, SCATTERED, "parallels")
+    patch(path, 52, struct.pack("<I", 1))
+    error = await refusal(path, workers)
+    what = "the image is marked as empty, and its table is not"
+    assert str(error) == f"corrupt image: {path} at 64: {what}"
 
 
 async def test_sixteen_tebibytes_open_at_once(tmp_path: Path, workers: Workers) -> None:
@@ -248,6 +258,8 @@ async def test_split_disk(tmp_path: Path, workers: Workers) -> None:
         (32, struct.pack("<I", 5), "at 32: 5 clusters of 2048 sectors for a disk of "),
         (32, struct.pack("<I", 1 << 31), "at 64: the cluster table reaches beyond"),
         (36, b"\xff" * 8, "at 32: "),
+        (56, struct.pack("<Q", 1), "at 512: no format extension where the header says"),
+        (56, b"\xff" * 8, "at "),
         (64, struct.pack("<I", 77), "at 64: the cluster at 80740352 lies beyond the end"),
         (64, b"\xff" * 4, "at 64: the cluster at "),
     ],

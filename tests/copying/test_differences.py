@@ -71,14 +71,14 @@ async def test_nothing_is_like_nothing_and_like_zeroes(workers: Workers) -> None
     assert await difference(workers, bytes(7) + b"x", b"") == 7
 
 
-async def test_what_is_a_hole_in_both_is_not_read(workers: Workers) -> None:
+async def test_holes_are_not_read(workers: Workers) -> None:
     content, data = pieces(100 * MIB, (10 * MIB, b"x" * MIB), (60 * MIB, b"y" * MIB))
     one = MemoryDisk(workers, content, data)
     other = MemoryDisk(workers, content, [(10 * MIB, MIB), (60 * MIB, MIB), (80 * MIB, 5)])
     verdict = await compare(one, other, workers, strict=True)
     assert verdict.equal
-    for disk in (one, other):
-        assert sum(length for _, length in disk.reads) == 2 * MIB + 5
+    assert sum(length for _, length in one.reads) == 2 * MIB
+    assert sum(length for _, length in other.reads) == 2 * MIB + 5
 
 
 async def test_a_bad_sector_is_an_error_and_not_a_difference(workers: Workers) -> None:
