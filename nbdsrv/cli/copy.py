@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -199,5 +200,12 @@ def _refuse_itself(order: Order) -> None:
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found = os.stat(f"/proc/self/fd/{name}")
-            if int(name) > 2 and os.path.samestat(found, wanted):
+            if int(name) > 2 and _same(found, wanted):
                 raise ConfigError(f"{target.text}: SOURCE is read from it; choose another TARGET")
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    """The same file, or two names of the same device."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)

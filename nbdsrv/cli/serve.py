@@ -14,6 +14,7 @@ import click
 import uvloop
 
 from nbdsrv.cli.running import delivering
+from nbdsrv.disk.blocks import DEFAULT_CACHE, BlockCache
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.exports import Catalogue, Export
@@ -56,6 +57,7 @@ class Settings:
     handshake_timeout: float
     drain_timeout: float
     memory: int
+    cache: int
 
 
 @click.command()
@@ -121,6 +123,13 @@ class Settings:
     show_default=True,
     help="MiB lent to requests in flight at any one time.",
 )
+@click.option(
+    "--cache",
+    type=click.IntRange(0, 1 << 20),
+    default=DEFAULT_CACHE >> 20,
+    show_default=True,
+    help="MiB of decoded blocks kept, of compressed images.",
+)
 @click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
 def serve(verbose: int, **options: object) -> None:
     """Serve each SOURCE over NBD.
@@ -140,7 +149,7 @@ async def _serve(settings: Settings) -> None:
     _raise_descriptor_limit(settings.max_connections)
     # A thread that stores writes must not keep the loop from the interpreter for the usual 5 ms.
     sys.setswitchinterval(SWITCH_S)
-    workers = Workers()
+    workers = Workers(cache=BlockCache(settings.cache << 20))
     catalogue = Catalogue()
     for name, source in _named_sources(settings):
         catalogue.add(_export(name, source, settings, workers))

@@ -17,6 +17,7 @@ import os
 from array import array
 
 from nbdsrv.disk.disk import Ability
+from nbdsrv.disk.residency import NEVER, Residency
 from nbdsrv.disk.runs import FileRun, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
@@ -39,6 +40,7 @@ MAX_NEW = 64
 PLACE_AHEAD = 32
 """Clusters that ``place`` looks at beyond those it was asked for, where the tables change."""
 
+_NOWHERE = (0, FileRun(-1, 0, 0, Residency(NEVER)))
 _DATA, _ZERO, _ABSENT = int(Kind.DATA), int(Kind.ZERO), int(Kind.ABSENT)
 
 
@@ -88,7 +90,8 @@ class WritableQcow2(ChangingQcow2):
         if self._zero_clusters or self.backing is None:
             self.abilities |= Ability.FAST_ZERO
         self._busy: dict[int, asyncio.Event] = {}
-        self._placed = (-1, 0, self.file.run(0, 0))
+        self._placed: dict[int, tuple[int, FileRun]] = {}
+        self._placed_at = -1
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -97,16 +100,20 @@ class WritableQcow2(ChangingQcow2):
 
         Never blocks.
         """
-        epoch, first, run = self._placed
-        if epoch != self.epoch or not first <= offset <= offset + length <= first + run.length:
+        if self._placed_at != self.epoch:
+            self._placed.clear()
+        number = offset >> self._bits + self._l2_bits
+        first, run = self._placed.get(number, _NOWHERE)
+        if not first <= offset <= offset + length <= first + run.length:
             if not self._prepared or self._flush_failed or self._closed or not length:
                 return None
             # Looking far pays only where the tables stand still.
-            found = self._find_place(offset, length, None if epoch == self.epoch else PLACE_AHEAD)
+            ahead = None if self._placed_at == self.epoch else PLACE_AHEAD
+            self._placed_at = self.epoch
+            found = self._find_place(offset, length, ahead)
             if found is None:
                 return None
-            first, run = found
-            self._placed = (self.epoch, first, run)
+            first, run = self._placed[number] = found
         skip = offset - first
         return run._replace(position=run.position + skip, length=run.length - skip)
 

@@ -35,6 +35,8 @@ Ts = TypeVarTuple("Ts")
 JOB = 1 << 19
 """Bytes one thread works on at a time: long enough to be worth a thread, short enough for a piece
 of a few MiB to occupy all of them."""
+PLAIN_JOB = 1 << 23
+"""Likewise where nothing is compressed: few long writes are best."""
 WORTH = 16
 """A compressed cluster saves at least a 16th; less is not worth decoding it for every read."""
 
@@ -113,7 +115,7 @@ class _File:
 
     async def data(self, offset: int, data: memoryview) -> None:
         store = self.store
-        job = max(JOB, self._shape.cluster_size)
+        job = max(PLAIN_JOB if self._compress is None else JOB, self._shape.cluster_size)
         if len(data) <= job:
             await self._workers.run(store, offset, data)
             return
