@@ -6,9 +6,13 @@
     specimen     what one is: its files, what a reader must find in it, where its metadata lies
     mutations    bits, fields, tables, loops, lengths, text: what is done to a file
     mending      checksums made right again, or most mutants would end at the first check
+    cases        by number: which specimen, mutated how
     examine      opens one mutant, reads it, and judges what the reader made of it
+    change       writes to one that may be written to
+    peer         what qemu-img makes of those that were accepted
     victim       the child process: a case after another, each told before it begins
     hunt         the parent: deadlines, memory, restarts, findings kept for reproduction
+    replay       a finding once more
     report       the table format x cases x accepted x refused x findings
     __main__     the command line
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from conformance.fuzz.cases import choose, write_files
 from conformance.fuzz.specimen import Specimen, is_bomb_turn
 from conformance.process import PROJECT, tail
 
@@ -186,32 +187,22 @@ class Hunt:
         alike = sum(found.likeness == finding.likeness for found in self.tally.findings)
         if alike < KEPT:
             shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            for path in child.case.iterdir() if child.case.exists() else ():
-                _copy_sparse(path, place / path.name)
-            source = next((each.source for each in self._specimens if each.name == name), "")
-            record = {"source": source, "kind": kind, "detail": detail, "done": mutations}
+            # Made again: what the child had may have been written to.
+            write_files(choose(self._specimens, self._seed, number).mutant, place)
+            specimen = next((each for each in self._specimens if each.name == name), None)
+            record = {
+                "source": specimen.source if specimen else "",
+                "writes": bool(specimen and specimen.writes),
+                "number": number,
+                "kind": kind,
+                "detail": detail,
+                "done": mutations,
+            }
             (place / "finding.json").write_text(json.dumps(record, indent=1) + "\n")
         else:
             finding = replace(finding, kept="")
         shutil.rmtree(child.case, ignore_errors=True)
         self.tally.findings.append(finding)
-
-
-def _copy_sparse(source: Path, target: Path) -> None:
-    """A copy that leaves holes out; a mutant may claim to have terabytes."""
-    with source.open("rb") as read, target.open("wb") as write:
-        size, at = source.stat().st_size, 0
-        while at < size:
-            try:
-                start = os.lseek(read.fileno(), at, os.SEEK_DATA)
-            except OSError:
-                break
-            end = os.lseek(read.fileno(), start, os.SEEK_HOLE)
-            write.seek(start)
-            write.write(os.pread(read.fileno(), end - start, start))
-            at = end
-        write.truncate(size)
 
 
 @contextmanager

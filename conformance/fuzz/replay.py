@@ -3,12 +3,14 @@
 import asyncio
 import json
 import random
+import subprocess
 import tempfile
 from pathlib import Path
 
 import click
 import uvloop
 
+from conformance.fuzz.change import change
 from conformance.fuzz.examine import FoundError, examine
 from nbdsrv.disk.workers import Workers
 
@@ -22,11 +24,14 @@ def replay(kept: Path) -> int:
         directory = Path(scratch) / "case"
         directory.mkdir()
         names = [path.name for path in kept.iterdir()]
-        for name in names:  # a mutant may be sparse and huge: linked, not copied
-            (directory / name).symlink_to((kept / name).resolve())
+        for name in names:  # a mutant may be sparse and huge: linked where it is only read
+            if record["writes"]:
+                subprocess.run(["cp", "--sparse=always", kept / name, directory], check=True)
+            else:
+                (directory / name).symlink_to((kept / name).resolve())
         source = record["source"].replace("{}", str(directory))
         try:
-            outcome = uvloop.run(_examine(source, names))
+            outcome = uvloop.run(_examine(source, names, record["number"], writes=record["writes"]))
         except FoundError as error:
             click.echo(f"{error.kind}: {error}")
             return 1
@@ -34,12 +39,16 @@ def replay(kept: Path) -> int:
     return 0
 
 
-async def _examine(source: str, names: list[str]) -> tuple[str, str]:
+async def _examine(source: str, names: list[str], number: int, *, writes: bool) -> tuple[str, str]:
     loop = asyncio.get_running_loop()
     workers = Workers()
     loop.add_reader(workers.fileno(), workers.complete)
     try:
-        outcome = await examine(source, names, workers, random.Random(0), None)
+        rng = random.Random(number)  # as in the hunt: the same ranges, the same changes
+        outcome = await examine(source, names, workers, rng, None)
+        if writes and outcome.verdict != "refused":
+            done, problem = await change(source, names, workers, rng)
+            return "changed", f"{done} times; {problem or 'no error'}"
     finally:
         loop.remove_reader(workers.fileno())
         workers.close()

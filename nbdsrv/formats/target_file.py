@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdsrv.errors import DiskError
-from nbdsrv.formats.writeback import start_writing
 
 __all__ = ["STANDARD_OUTPUT", "TargetFile"]
 
@@ -101,12 +100,10 @@ class TargetFile:
                 done += os.pwrite(self.fd, view[done:], position + done)
         except OSError as error:
             raise DiskError.from_os(f"writing {self.path}", error) from error
-        start_writing(self.fd, position, len(view))
 
     def append(self, *parts: memoryview | bytes) -> None:
         """Write ``parts`` behind what has been appended before."""
         left: list[memoryview | bytes] = [part for part in parts if len(part)]
-        start = self.position
         try:
             while left:
                 count = self._write_some(left[:_IOV_MAX])
@@ -114,8 +111,6 @@ class TargetFile:
                 left = _behind(left, count)
         except OSError as error:
             raise DiskError.from_os(f"writing {self._name}", error) from error
-        if self.seekable:
-            start_writing(self.fd, start, self.position - start)
 
     def _write_some(self, parts: Sequence[memoryview | bytes]) -> int:
         if self.seekable:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import time
@@ -236,7 +237,8 @@ def test_an_io_error_is_named_and_no_image_is_left(tmp_path: Path) -> None:
     broken = ("--filter=error", "error-pread=EIO", "error-pread-rate=100%")
     with nbdkit(tmp_path, *broken) as uri:
         said = refusal(1, "copy", uri, tmp_path / "disk.img")
-    assert "at byte 0 of the disk" in said
+    # Several reads fail together; it is told of one of them.
+    assert re.search(r"Input/output error.*, at byte \d+ of the disk$", said)
     assert "disk.img" not in os.listdir(tmp_path)
 
 

@@ -4,7 +4,7 @@
 
     hypervisors  qcow2 qcow vhd vhdx vmdk vdi parallels as qemu-img writes them, with chains
     vmware       COWD and seSparse, which only ESXi writes
-    differencing VHD, VHDX and VDI children, which only Hyper-V, XenServer and VirtualBox write
+    differencing VHD, VHDX, VDI and Parallels children, which only hypervisors of their own write
     vhdx_log     VHDX with changes that only its log knows
     archives     OVA, XVA
     compressed   gzip, xz, zstd: plain, in members or blocks, and bombs
@@ -35,7 +35,7 @@ FORMATS = {
     "vhdx": ("hypervisors:vhdx", "differencing:vhdx", "vhdx_log:vhdx"),
     "vmdk": ("hypervisors:vmdk", "vmware:vmdk", "bombs:vmdk"),
     "vdi": ("hypervisors:vdi", "differencing:vdi"),
-    "parallels": ("hypervisors:parallels",),
+    "parallels": ("hypervisors:parallels", "differencing:parallels"),
     "ova": ("archives:ova", "bombs:ova"),
     "xva": ("archives:xva", "bombs:xva"),
     "gzip": ("compressed:gzip_images",),

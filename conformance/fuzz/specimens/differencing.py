@@ -1,4 +1,4 @@
-"""Children that qemu-img cannot make: VHD, VHDX and VDI over a parent of the same format.
+"""Children that qemu-img cannot make: over a parent of the same format, VHD, VHDX, VDI, Parallels.
 
 Each starts as an image qemu-img wrote; the parent's identity, and for VHD and VHDX the sector
 bitmaps, are put in by hand::
@@ -6,6 +6,7 @@ bitmaps, are put in by hand::
     VHD    footer type 4 | header: parent id, name, locators | BAT | block: bitmap, 2 MiB of data
     VHDX   metadata: HasParent, parent locator | BAT: payload partially present, bitmap block
     VDI    header: type 4, parent's uuids
+    Parallels    a DiskDescriptor.xml beside both says which is below which
 
 Data is in the child where the child's own content differs from the parent's.
 """
@@ -18,7 +19,7 @@ from conformance.fuzz.mending import mend_vhd, mend_vhdx
 from conformance.fuzz.specimen import KIB, MIB, SECTOR, Specimen, guest_content
 from conformance.fuzz.specimens.hypervisors import Bench
 
-__all__ = ["vdi", "vhd", "vhdx"]
+__all__ = ["parallels", "vdi", "vhd", "vhdx"]
 
 SIZE = 4 * MIB
 CHANGED = (0, 100 * KIB, 2 * MIB + 40 * KIB)
@@ -112,6 +113,41 @@ def vdi(directory: Path) -> list[Specimen]:
     return [
         Specimen("vdi", "child", files, "vdi:{}/child.vdi", bytes(content), known=known, peer=False)
     ]
+
+
+_BUNDLE = """<?xml version="1.0" encoding="UTF-8"?>
+<Parallels_disk_image Version="1.0">
+<Disk_Parameters><Disk_size>{sectors}</Disk_size></Disk_Parameters>
+<StorageData><Storage><Start>0</Start><End>{sectors}</End><Blocksize>128</Blocksize>
+<Image><GUID>{{{one}}}</GUID><Type>Compressed</Type><File>parent.parallels</File></Image>
+<Image><GUID>{{{two}}}</GUID><Type>Compressed</Type><File>child.parallels</File></Image>
+</Storage></StorageData>
+<Snapshots>
+<Shot><GUID>{{{two}}}</GUID><ParentGUID>{{{one}}}</ParentGUID></Shot>
+<Shot><GUID>{{{one}}}</GUID><ParentGUID>{{{none}}}</ParentGUID></Shot>
+</Snapshots>
+</Parallels_disk_image>
+"""
+CLUSTER = 64 * KIB
+
+
+def parallels(directory: Path) -> list[Specimen]:
+    """A bundle of two images."""
+    parent, child = _pair(directory, "parallels", "parallels", f"cluster_size={CLUSTER}")
+    content, own = bytearray(_parent_content()), _child_content()
+    for at in range(0, SIZE, CLUSTER):
+        if any(own[at : at + CLUSTER]):
+            content[at : at + CLUSTER] = own[at : at + CLUSTER]
+    ids = {"one": uuid.UUID(int=1), "two": uuid.UUID(int=2), "none": uuid.UUID(int=0)}
+    text = _BUNDLE.format(sectors=SIZE // SECTOR, **ids)
+    files = {
+        "child.parallels": bytes(child),
+        "parent.parallels": parent,
+        "DiskDescriptor.xml": text.encode(),
+    }
+    source = "parallels:{}/child.parallels"
+    known = _parent_content() + own
+    return [Specimen("parallels", "bundle", files, source, bytes(content), known=known, peer=False)]
 
 
 _LOCATOR_ITEM = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le

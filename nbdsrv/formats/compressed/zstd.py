@@ -36,6 +36,8 @@ MAX_WINDOW = 128 << 20
 MAX_FRAME_HEADER = 18
 MAX_ZSTD_BLOCK = 128 << 10
 HEADERS_A_STEP = 256
+MAX_EMPTY = 1 << 12
+"""Blocks of nothing in a row: a flush makes one. A hole in the file looks like any number."""
 SKIPPABLE_HEADER = 8
 RAW, RLE, COMPRESSED, RESERVED = range(4)
 
@@ -121,7 +123,7 @@ def _read_seek_table(file: ImageFile) -> Iterator[Frame] | None:
     """The frames it lists; None if there is no table, or none that fits the file."""
     size = SeekTableFooter.sizeof()
     try:
-        footer = SeekTableFooter.parse(file.read_up_to(file.size - size, size))
+        footer = SeekTableFooter.parse(file.read_up_to(max(file.size - size, 0), size))
     except ConstructError:
         return None
     words = 3 if footer.descriptor & 0x80 else 2
@@ -154,6 +156,8 @@ def frames(file: ImageFile) -> Iterator[Frame | None]:
         UnsupportedImage: a dictionary is needed.
     """
     at = 0
+    if not file.size:
+        raise file.corrupt(0, "an empty file, no zstd frame")
     while at < file.size:
         head = file.read_up_to(at, MAX_FRAME_HEADER)
         magic = int.from_bytes(head[:4], "little")
@@ -187,7 +191,7 @@ def _frame_end(
 ) -> Generator[None, None, int]:
     """Where the frame ends, from the headers of its blocks."""
     at: int = start + zstandard.frame_header_size(head)
-    count = 0
+    count = empty = 0
     while True:
         word = ZstdBlock.sizeof()
         header = int.from_bytes(file.read(at, word, "a zstd block's header"), "little")
@@ -198,6 +202,9 @@ def _frame_end(
         if last:
             break
         count += 1
+        empty = 0 if size else empty + 1
+        if empty > MAX_EMPTY:
+            raise file.corrupt(at, f"more than {MAX_EMPTY} empty zstd blocks")
         if not count % HEADERS_A_STEP:
             yield
     at += 4 if has_checksum else 0

@@ -30,7 +30,7 @@ from nbdsrv.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO_F
 from nbdsrv.formats.qcow2.writable_base import ChangingQcow2
 from nbdsrv.formats.qcow2.writable_lock import lock_for_writing
 from nbdsrv.formats.qcow2.writable_start import Start, check_writable
-from nbdsrv.formats.qcow2.writable_store import NewClusters, store
+from nbdsrv.formats.qcow2.writable_store import NewClusters, Turns, store
 from nbdsrv.formats.qcow2.writable_tables import Table
 
 __all__ = ["WritableQcow2", "open_writable"]
@@ -90,6 +90,7 @@ class WritableQcow2(ChangingQcow2):
         if self._zero_clusters or self.backing is None:
             self.abilities |= Ability.FAST_ZERO
         self._busy: dict[int, asyncio.Event] = {}
+        self._turns = Turns()
         self._placed: dict[int, tuple[int, FileRun]] = {}
         self._placed_at = -1
 
@@ -222,7 +223,7 @@ class WritableQcow2(ChangingQcow2):
                 stop - after,
             )
             try:
-                await self._run(new.store)
+                await self._run(new.store, self._turns, self._turns.issue())
             finally:  # even when cancelled: what has been stored is entered
                 for taken in new.stored:
                     words = self._data_words(taken.position, taken.count)

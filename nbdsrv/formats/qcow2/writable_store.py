@@ -5,8 +5,9 @@ Rule: an outcome is left in the job itself, because whoever waits for it may hav
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from nbdsrv.disk.disk import read_runs
 from nbdsrv.disk.runs import Run, ZeroRun
@@ -16,7 +17,7 @@ from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.qcow2.refcounts import Changes, Refcounts, Taken
 from nbdsrv.formats.qcow2.writable_tables import Snapshot
 
-__all__ = ["NewClusters", "WriteBack", "release", "store"]
+__all__ = ["NewClusters", "Turns", "WriteBack", "release", "store"]
 
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,35 @@ def store(file: ImageFile, position: int, data: memoryview | bytes) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(file.fd, view[done:], file.base + position + done)
+
+
+class Turns:
+    """Who allocates first: in the order of requests, whatever order threads are woken in.
+
+    So what is written one after the other lies one after the other, even when several requests are
+    under way. Jobs start in the order they are submitted in: nobody waits for one that cannot run.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._issued = self._next = 0
+
+    def issue(self) -> int:
+        """A ticket; on the loop, for the job that is submitted next."""
+        self._issued += 1
+        return self._issued - 1
+
+    @contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        """Wait until everybody with an earlier ticket is through. In a thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == ticket)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._next += 1
+                self._changed.notify_all()
 
 
 class NewClusters:
@@ -67,16 +97,18 @@ class NewClusters:
         self._after_length = after_length
         self.stored: list[Taken] = []
 
-    def store(self) -> None:
+    def store(self, turns: Turns, ticket: int) -> None:
         """Allocate and fill. Raises DiskError or OSError, and nothing is allocated then."""
-        data = memoryview(self._data)
-        parts: list[tuple[int, memoryview | None]] = []
-        parts.append((0, self._old(self._offset, self._before, self._skip)))
-        parts.append((self._skip, data))
-        end = self._skip + len(data)
-        parts.append((end, self._old(self._offset + end, self._after, self._after_length)))
-        taken = self._take()
+        with turns.turn(ticket):
+            taken = self._take()
         try:
+            data = memoryview(self._data)
+            end = self._skip + len(data)
+            parts = (
+                (0, self._old(self._offset, self._before, self._skip)),
+                (self._skip, data),
+                (end, self._old(self._offset + end, self._after, self._after_length)),
+            )
             at = 0
             for clusters in taken:
                 at = self._fill(clusters, at, parts)

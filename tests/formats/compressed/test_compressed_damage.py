@@ -98,9 +98,12 @@ def test_flipped_bytes_never_give_wrong_content(tmp_path: Path) -> None:
 @each_stream
 async def test_no_stream_at_all(tmp_path: Path, workers: Workers, stream: Stream) -> None:
     path = tmp_path / "disk.z"
-    for data in (b"!", b"no stream" * 1000, bytes(5000)):
+    for data in (b"", b"!", b"no stream" * 1000, bytes(5000)):
         path.write_bytes(data)
-        assert isinstance(await refusal(path, stream.kind, workers), CorruptImage)
+        error = await refusal(path, stream.kind, workers)
+        assert isinstance(error, CorruptImage)
+        position = str(error).removeprefix(f"corrupt image: {path} at ").partition(":")[0]
+        assert 0 <= int(position) <= len(data)
 
 
 @pytest.mark.parametrize("stream", [STREAMS[0], STREAMS[9]], ids=lambda stream: stream.kind)
@@ -110,6 +113,16 @@ async def test_endless_padding(tmp_path: Path, workers: Workers, stream: Stream)
     os.truncate(path, 1 << 40)
     async with asyncio.timeout(PATIENCE_S):
         assert isinstance(await refusal(path, stream.kind, workers), CorruptImage)
+
+
+async def test_frame_that_goes_on_in_a_hole(tmp_path: Path, workers: Workers) -> None:
+    path, frame = tmp_path / "disk.zst", piped(disk_content(200 * KIB), "zstd", "-c")
+    (first,) = struct.unpack_from("<I", frame[9:12] + b"\0")
+    path.write_bytes(frame[: 12 + (first >> 3)])
+    os.truncate(path, 1 << 40)
+    async with asyncio.timeout(PATIENCE_S):
+        error = await refusal(path, "zstd", workers)
+    assert "more than 4096 empty zstd blocks" in str(error)
 
 
 # --- lies ------------------------------------------------------------------------------------

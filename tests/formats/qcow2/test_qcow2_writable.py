@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.qcow2 import writable_base
+from nbdsrv.formats.qcow2.writable import WritableQcow2
 from tests.disk.reading import content
 from tests.disk.threads import running_workers
 from tests.formats.images import Image
@@ -174,6 +176,49 @@ async def test_reading_beside_writing(tmp_path: Path, workers: Workers) -> None:
             assert await content(disk, offset, len(data)) == data
 
     await asyncio.gather(read(), read(), write())
+    await disk.close()
+    check(path)
+
+
+async def test_a_change_made_while_the_tables_are_read(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, golden = converted(tmp_path, DATA)
+    disk = await opened(path, workers)
+    assert isinstance(disk, WritableQcow2)
+    read, reading, changed = disk._read_metadata, threading.Event(), threading.Event()
+
+    def slowly(position: int, length: int, what: str) -> bytes:
+        found = read(position, length, what)
+        if what == "an L2 table":
+            reading.set()
+            assert changed.wait(10)
+        return found
+
+    monkeypatch.setattr(disk, "_read_metadata", slowly)
+    loading = asyncio.create_task(disk.load(0, 512))
+    assert await workers.run(reading.wait, 10)
+    await disk.write(12 * CLUSTER, view(b"x" * 2 * CLUSTER))
+    await disk.trim(0, CLUSTER)
+    changed.set()
+    await loading
+    model = bytearray(golden)
+    model[:CLUSTER] = bytes(CLUSTER)
+    model[12 * CLUSTER : 14 * CLUSTER] = b"x" * 2 * CLUSTER
+    assert await content(disk, 0, MIB) == bytes(model)
+    await disk.close()
+
+
+async def test_what_is_written_at_once_lies_together(tmp_path: Path, workers: Workers) -> None:
+    path = create(tmp_path / "disk.qcow2", "64M")
+    disk = await opened(path, workers)
+    offsets = range(0, 64 * MIB, CLUSTER)
+    data = view(b"x" * CLUSTER)
+    await asyncio.gather(*(disk.write(offset, data) for offset in offsets))
+    await disk.flush()
+    run = disk.place(0, 64 * MIB)
+    assert run is not None
+    assert run.length == 64 * MIB
     await disk.close()
     check(path)
 
