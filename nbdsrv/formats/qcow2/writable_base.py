@@ -31,7 +31,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.formats.mapped import Kind, Page
 from nbdsrv.formats.qcow2.claims import Claim
 from nbdsrv.formats.qcow2.reader import Layers, Qcow2Disk
-from nbdsrv.formats.qcow2.structs import COMPRESSED, L2_RESERVED, OFFSET_MASK, ZERO_FLAG
+from nbdsrv.formats.qcow2.structs import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO_FLAG
 from nbdsrv.formats.qcow2.writable_patch import patch
 from nbdsrv.formats.qcow2.writable_start import Start, prepare
 from nbdsrv.formats.qcow2.writable_store import NewClusters, WriteBack, release
@@ -153,14 +153,17 @@ class ChangingQcow2(Qcow2Disk):
         """Enter ``words``, and give up what the entries before them referred to."""
         for old, new in zip(table.words[index : index + len(words)], words, strict=True):
             if old & COMPRESSED:
-                key = old & (COMPRESSED - 1)
-                self.blocks.forget(key)
-                position, length = self._entries.compressed_range(key)
-                begin, end = position >> self._bits, position + length - 1 >> self._bits
-                self._given_up.append((begin, end - begin + 1))
+                self.blocks.forget(old & (COMPRESSED - 1))
+                self._given_up.append(self._packed_clusters(old))
             elif old & OFFSET_MASK and (old ^ new) & OFFSET_MASK:
                 self._give_up((old & OFFSET_MASK) >> self._bits)
         self._tables.enter(table, index, words)
+
+    def _packed_clusters(self, word: int) -> tuple[int, int]:
+        """The clusters (first, count) of the file that a compressed one lies in."""
+        position, length = self._entries.compressed_range(word & (COMPRESSED - 1))
+        begin = position >> self._bits
+        return begin, (position + length - 1 >> self._bits) - begin + 1
 
     def _give_up(self, cluster: int) -> None:
         runs = self._given_up
@@ -185,7 +188,9 @@ class ChangingQcow2(Qcow2Disk):
     def _sound(self, word: int) -> bool:
         """Does an entry, not 0, refer to a cluster of the file that may hold data, or to none?"""
         if word & COMPRESSED:
-            return True  # such a cluster is only read, and the reader checks that
+            begin, count = self._packed_clusters(word)
+            inside = 0 < begin << self._bits < self.file.size
+            return inside and not word & COPIED and self._refcounts.no_table(begin, count)
         position = word & OFFSET_MASK
         if word & (L2_RESERVED | self.header.cluster_size - 1) & ~ZERO_FLAG:
             return False

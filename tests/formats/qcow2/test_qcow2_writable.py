@@ -554,7 +554,10 @@ def l2_position(path: Path) -> int:
     return word_at(path, word_at(path, 40)) & ((1 << 56) - (1 << 9))
 
 
-@pytest.mark.parametrize("where", ["header", "l1", "l2", "refcounts", "block", "outside", "odd"])
+@pytest.mark.parametrize(
+    "where",
+    ["header", "l1", "l2", "refcounts", "block", "outside", "odd", "packed l1", "packed header"],
+)
 async def test_an_entry_that_points_at_a_table_is_not_followed(
     where: str, tmp_path: Path, workers: Workers
 ) -> None:
@@ -569,8 +572,8 @@ async def test_an_entry_that_points_at_a_table_is_not_followed(
         "block": word_at(path, refcounts),
         "outside": 1 << 40,
         "odd": 5 * CLUSTER + 512,
-    }[where]
-    set_word(path, table, target | 1 << 63)
+    }[where.removeprefix("packed ")]
+    set_word(path, table, target + 100 | 1 << 62 if "packed" in where else target | 1 << 63)
     before = path.read_bytes()
     disk = await opened(path, workers)
     changes = (
