@@ -25,6 +25,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, NbdsrvError
 from nbdsrv.export.grammar import parse_source
 from nbdsrv.export.opener import open_source
+from nbdsrv.formats.image_file import ImageFile
 
 __all__ = [
     "FoundError",
@@ -215,6 +216,16 @@ async def _extents(disk: Disk, offset: int, length: int) -> list[tuple[int, int,
     return found
 
 
+def _check_inside(disk: Disk, run: FileRun, wanted: int) -> None:
+    """In the image's own file, which may be a part of another: an archive's member."""
+    file = getattr(disk, "file", None)
+    if not isinstance(file, ImageFile) or run.fd != file.fd:
+        return  # another file: what lies beyond its end cannot be read
+    if run.position < file.base or run.position + wanted > file.base + file.size:
+        text = f"{wanted} bytes at {run.position}, the file is {file.base}+{file.size}"
+        raise FoundError("outside", text)
+
+
 def _check_runs(
     disk: Disk, offset: int, runs: Sequence[Run], length: int, places: list[Place]
 ) -> None:
@@ -226,16 +237,13 @@ def _check_runs(
             raise FoundError("runs", f"an empty run: {run}")
         covered += run.length
         if isinstance(run, FileRun):
-            info = os.fstat(run.fd)
-            size = info.st_size
             # The part that was asked for; a run may promise more than anybody will read.
             wanted = run.length - max(0, covered - length)
-            if run.position < 0 or run.position + wanted > size:
-                text = f"{wanted} bytes at {run.position} of a file of {size} bytes"
-                raise FoundError("outside", text)
+            _check_inside(disk, run, wanted)
             if page_span:
                 inside = min(wanted, page_span - at % page_span)
-                place = (at // page_span, info.st_ino, run.position, run.position + inside)
+                inode = os.fstat(run.fd).st_ino
+                place = (at // page_span, inode, run.position, run.position + inside)
                 places.append(place)
         elif not isinstance(run, ZeroRun | BlockRun | RemoteRun):
             raise FoundError("runs", f"no run: {run!r}")

@@ -57,6 +57,7 @@ class Disk(ABC):
         block_sizes: constraints in bytes.
         contexts: names of the meta contexts ``status`` answers for.
         epoch: changes whenever something ``locate`` answered may no longer be true.
+        workers: the threads it works on; a wrapper works on those of what it wraps.
         backing: the Disk below, which gives what this one does not have; closed with it.
     """
 
@@ -70,6 +71,7 @@ class Disk(ABC):
     backing: "Disk | None" = None
 
     def __init__(self, workers: Workers) -> None:
+        self.workers = workers
         self._workers = workers
 
     @property

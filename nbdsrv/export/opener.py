@@ -11,7 +11,7 @@ from nbdsrv.formats.opening import Opening, open_image
 __all__ = ["open_source"]
 
 _SNAPSHOTS = frozenset({"", "qcow2"})
-_ARCHIVES = frozenset({"", "ova", "xva"})
+_ARCHIVES = frozenset({"", "ova", "xva", "gzip", "xz", "zstd"})
 
 
 async def open_source(source: Source, workers: Workers, *, writable: bool = False) -> Disk:

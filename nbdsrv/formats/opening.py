@@ -51,6 +51,8 @@ _FORMATS = {
 }
 """Format to ``module:function``; imported when the first such image is opened."""
 
+_WITH_MEMBERS = frozenset({"ova", "xva", "gzip", "xz", "zstd"})
+"""Archives, and what may hold one."""
 _PROTOCOL = re.compile(r"(json:|[A-Za-z][A-Za-z0-9+.-]+:(?!\\))")
 
 
@@ -127,12 +129,14 @@ async def open_image(path: str, kind: str, opening: Opening) -> Disk:
         DiskError: it cannot be opened.
     """
     workers = opening.workers
-    file = await workers.look_up(_open, path, opening.writable)
+    opened: list[ImageFile] = []  # also if we are cancelled while the thread opens it
     try:
+        file = await workers.look_up(_open, path, opening.writable, opened)
         found = kind or await workers.look_up(probe_file, file)
         return await open_file(file, found, opening, probed=not kind)
     except BaseException:
-        file.close()
+        for file in opened:
+            file.close()
         raise
 
 
@@ -150,7 +154,7 @@ async def open_file(file: ImageFile, kind: str, opening: Opening, *, probed: boo
         raise UnsupportedImage(f"{file.path}: {shown} images are not served{hint}")
     if opening.snapshot and kind != "qcow2":
         raise UnsupportedImage(f"{file.path}: {kind} images have no internal snapshots")
-    if opening.member and kind not in {"ova", "xva"}:
+    if opening.member and kind not in _WITH_MEMBERS:
         raise UnsupportedImage(f"{file.path}: {kind} images have no members")
     if opening.writable and kind not in {"raw", "qcow2"}:
         raise UnsupportedImage(
@@ -161,8 +165,9 @@ async def open_file(file: ImageFile, kind: str, opening: Opening, *, probed: boo
     return await open_format(file, opening)
 
 
-def _open(path: str, writable: bool) -> ImageFile:  # noqa: FBT001
-    return open_image_file(path, writable=writable)
+def _open(path: str, writable: bool, opened: list[ImageFile]) -> ImageFile:  # noqa: FBT001
+    opened.append(open_image_file(path, writable=writable))
+    return opened[0]
 
 
 def _real(path: str) -> str:

@@ -27,7 +27,7 @@ import stat
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
 
-__all__ = ["probe", "probe_file"]
+__all__ = ["FOOTER", "probe", "probe_file", "recognise"]
 
 _AT_START = (
     (b"vhdxfile", "vhdx"),
@@ -43,8 +43,10 @@ _AT_START = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x1f\x8b\x08", "gzip"),
 )
+_SKIPPABLE = b"\x2a\x4d\x18"
 _VDI = (0xBEDA107F).to_bytes(4, "little")
 FOOTER = 512
+"""Bytes at the end of a VHD, and what is looked at of the beginning."""
 
 
 def probe(path: str) -> str:
@@ -61,7 +63,7 @@ def probe(path: str) -> str:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return "raw"  # a device, or something that opening will explain
-        return _recognise(os.pread(fd, FOOTER, 0), os.pread(fd, 9, max(info.st_size - FOOTER, 0)))
+        return recognise(os.pread(fd, FOOTER, 0), os.pread(fd, 9, max(info.st_size - FOOTER, 0)))
     except OSError as error:
         raise DiskError.from_os(path, error) from error
     finally:
@@ -73,15 +75,18 @@ def probe_file(file: ImageFile) -> str:
     if file.device:
         return "raw"
     start = file.read_up_to(0, FOOTER)
-    return _recognise(start, file.read_up_to(max(file.size - FOOTER, 0), 9))
+    return recognise(start, file.read_up_to(max(file.size - FOOTER, 0), 9))
 
 
-def _recognise(start: bytes, footer: bytes) -> str:
+def recognise(start: bytes, footer: bytes) -> str:
+    """What a disk that begins with ``start`` and whose last 512 bytes begin with ``footer`` is."""
     if start[:4] == b"QFI\xfb":
         return "qcow" if start[4:8] == (1).to_bytes(4, "big") else "qcow2"
     for magic, name in _AT_START:
         if start.startswith(magic):
             return name
+    if start[1:4] == _SKIPPABLE and start[0] >> 4 == 5:  # pzstd's files begin so
+        return "zstd"
     if start[64:68] == _VDI:
         return "vdi"
     if b"conectix" in {footer[:8], footer[1:]}:  # ancient footers have 511 bytes

@@ -23,7 +23,7 @@ from nbdsrv.formats.compressed.xz import survey_xz
 from nbdsrv.formats.compressed.zstd import survey_zstd
 from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.opening import Opening, open_file
-from nbdsrv.formats.probe import FOOTER, _recognise, probe_file
+from nbdsrv.formats.probe import FOOTER, probe_file, recognise
 from nbdsrv.formats.turns import in_turns
 
 __all__ = ["open_gzip", "open_xz", "open_zstd"]
@@ -87,7 +87,7 @@ async def _open_unpacked(unpacked: ImageFile, opening: Opening, kind: str) -> Di
 def _inside(source: BlockSource) -> str:
     """The format of what the blocks hold. Blocking."""
     end = source.read(max(source.size - FOOTER, 0), FOOTER)
-    return _recognise(source.read(0, FOOTER), end[:9])
+    return recognise(source.read(0, FOOTER), end[:9])
 
 
 def _check_inside(file: ImageFile, inside: str) -> None:

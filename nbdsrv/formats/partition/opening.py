@@ -35,8 +35,7 @@ async def open_partition(disk: Disk, number: int) -> Disk:
     try:
         partition = _choose(disk, await read_partitions(disk), number)
         name = f"{disk.name}~p{number}"
-        workers = disk._workers  # noqa: SLF001 - a wrapper works on the threads of what it wraps
-        return Slice(workers, disk, partition.offset, partition.length, name)
+        return Slice(disk.workers, disk, partition.offset, partition.length, name)
     except BaseException:
         await disk.close()
         raise

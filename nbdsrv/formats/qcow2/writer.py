@@ -16,7 +16,7 @@ Rules:
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVarTuple
+from typing import Any
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
@@ -29,8 +29,6 @@ from nbdsrv.formats.target_file import TargetFile
 from nbdsrv.formats.writer import ImageWriter, Plan
 
 __all__ = ["Backing", "Qcow2Writer", "Shape"]
-
-Ts = TypeVarTuple("Ts")
 
 JOB = 1 << 19
 """Bytes one thread works on at a time: long enough to be worth a thread, short enough for a piece
