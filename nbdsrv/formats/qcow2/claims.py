@@ -49,7 +49,8 @@ def without_conflicts(
     }
     kept: list[Segment] = []
     for segment in segments:
-        if segment.kind != _DATA:
+        # An external data file holds no tables, and every cluster of it has its own place.
+        if segment.kind != _DATA or segment.file is not None:
             kept.append(segment)
             continue
         at, end = segment.position, segment.position + segment.length

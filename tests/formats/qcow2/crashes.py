@@ -9,6 +9,7 @@ A write that had returned before a sync began is there once the sync has returne
 may be missing, whole or by the sector.
 """
 
+import errno
 import os
 import random
 import threading
@@ -39,12 +40,17 @@ class Call:
 
 @dataclass
 class Recording:
-    """Everything done to one file through ``os`` while it lasts; the real calls are made too."""
+    """Everything done to one file through ``os`` while it lasts; the real calls are made too.
+
+    Attributes:
+        failing: the how manieth write from now on finds the disk full, 0 for none.
+    """
 
     path: Path
     before: bytes
     calls: list[Call] = field(default_factory=list)
     clock: int = 0
+    failing: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -76,6 +82,10 @@ class Recording:
     def record(self, fd: int, call: Call, perform: Callable[[], Any]) -> Any:
         if os.readlink(f"/proc/self/fd/{fd}") != str(self.path):
             return perform()
+        if self.failing and call.data is not None:
+            self.failing -= 1
+            if not self.failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with self.lock:
             self.clock += 1
             call.begun = self.clock
@@ -85,6 +95,11 @@ class Recording:
             self.clock += 1
             call.ended = self.clock
         return result
+
+    def moment(self, chance: random.Random) -> int:
+        """Any; every other time while a sync is under way, for much hangs by it then."""
+        syncs = [call.ended - 1 for call in self.calls if call.data is None and call.size is None]
+        return chance.choice((chance.randrange(self.clock + 1), chance.choice(syncs)))
 
     def after(self, moment: int, chance: random.Random) -> bytes:
         """The file after a crash at ``moment``; ``chance`` decides what had got through."""

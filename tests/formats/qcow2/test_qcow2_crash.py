@@ -10,12 +10,14 @@
 import asyncio
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.qcow2 import writable_base
 from tests.disk.reading import content
@@ -104,6 +106,11 @@ class Workload:
             await asyncio.gather(*changes)
             assert await content(self.disk, 0, len(self.model)) == bytes(self.model)
             self.versions.append((begun, bytes(self.model)))
+            if number % 4 == 2:  # a flush that fails half-way, and is made up for by a later one
+                self.recording.failing = 1 + number // 4 % 4
+                with suppress(DiskError):
+                    await self.disk.flush()
+                self.recording.failing = 0
             if number % 3 == 0:
                 await self.disk.flush()
                 self.flushed.append((self.recording.clock, number))
@@ -160,7 +167,7 @@ async def test_crash(
     chance = random.Random(kind)
     crashed = tmp_path / "crashed.qcow2"
     for _ in range(CRASHES):
-        moment = chance.randrange(recording.clock + 1)
+        moment = recording.moment(chance)
         crashed.write_bytes(recording.after(moment, chance))
         leaks(crashed)
         workload.verify(read_by_qemu(crashed), moment)

@@ -110,7 +110,7 @@ async def _change(path: Path, golden: bytes, changes: list[tuple[str, int, int]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=12))
 def test_random_changes(kind: str, changes: list[tuple[str, int, int]]) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,7 @@ from tests.formats.mutants import INTERESTING, Mutation, threads
 from tests.formats.qcow2.peer import qemu_img
 from tests.formats.qcow2.texts import compressed
 
-EXAMPLES = 3000 if os.environ.get("NBDSRV_FUZZ") == "full" else 120
+EXAMPLES = 3000 if os.environ.get("NBDSRV_FUZZ") == "full" else 60
 PATIENCE_S = 20
 CLUSTER = 1024
 SMALL = Image("small", 100 * CLUSTER, ((0, 30_000), (50_000, 9000)))

@@ -14,6 +14,7 @@ from nbdsrv.errors import ConfigError, DiskError, UnsupportedImage
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.qcow2.structs import Compression
 from nbdsrv.formats.qcow2.writer import Backing, Qcow2Writer, Shape
+from nbdsrv.formats.qcow2.writer_space import Space
 from nbdsrv.formats.raw import open_raw
 from nbdsrv.formats.target_file import TargetFile
 from nbdsrv.formats.writer import Plan
@@ -169,6 +170,16 @@ async def test_tables_that_do_not_fit_in_memory_come_back(
     await write(Qcow2Writer(workers, TargetFile(str(path)), Shape(cluster_bits=9)), golden)
     check(path)
     assert read_by_qemu(path) == golden
+
+
+def test_no_cluster_is_shared_by_more_than_can_be_counted(tmp_path: Path) -> None:
+    target = TargetFile(str(tmp_path / "disk.qcow2"))
+    target.open()
+    space = Space(target, Shape(cluster_bits=21))
+    positions = [space.packed(1) for _ in range(65_537)]
+    assert {position >> 21 for position in positions[:65_535]} == {0}
+    assert positions[65_535:] == [1 << 21, (1 << 21) + 1]
+    target.discard()
 
 
 async def test_sixteen_tebibytes(tmp_path: Path, workers: Workers) -> None:
