@@ -24,6 +24,10 @@ __all__ = [
     "UnsupportedImage",
 ]
 
+MAX_TEXT = 1000
+"""Characters of a message: room for two long paths; a name from inside an image can have any
+number."""
+
 
 class NbdsrvError(Exception):
     """Base of this package's errors."""
@@ -47,7 +51,7 @@ class DiskError(NbdsrvError):
     """
 
     def __init__(self, text: str, errno: int = os_errno.EIO, offset: int | None = None) -> None:
-        super().__init__(text)
+        super().__init__(_one_line(text))
         self.errno = errno
         self.offset = offset
 
@@ -56,6 +60,15 @@ class DiskError(NbdsrvError):
         """Name the thing that failed: ``what`` is a path, or a verb and a path."""
         number = error.errno or os_errno.EIO
         return cls(f"{what}: {os.strerror(number)}", number, offset)
+
+
+def _one_line(text: str) -> str:
+    """What may hold names from inside an image, made fit for a line in a terminal or a log."""
+    if len(text) > MAX_TEXT:
+        text = f"{text[: MAX_TEXT * 2 // 3]} ... {text[-MAX_TEXT // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CorruptImage(DiskError):

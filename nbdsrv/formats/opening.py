@@ -23,7 +23,7 @@ from typing import cast
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
+from nbdsrv.errors import DiskError, UnsupportedImage
 from nbdsrv.formats.image_file import ImageFile, open_image_file
 from nbdsrv.formats.probe import probe_file
 
@@ -88,13 +88,9 @@ class Opening:
         path = self.path_below(child, name)
         above = (*self.above, _real(child.path))
         if _real(path) in above:
-            raise CorruptImage(
-                f"corrupt image: {child.path}: its parent {path} is above it: a loop"
-            )
+            raise child.corrupt(0, f"its parent {path} is above it: a loop")
         if len(above) >= MAX_CHAIN:
-            raise CorruptImage(
-                f"corrupt image: {child.path}: more than {MAX_CHAIN} images in a chain"
-            )
+            raise child.corrupt(0, f"more than {MAX_CHAIN} images in a chain")
         try:
             return await open_image(path, kind, Opening(self.workers, above=above))
         except DiskError as error:
@@ -114,7 +110,7 @@ class Opening:
                 )
             name = name.removeprefix("file:")
         if not name or "\0" in name or not name.isprintable():
-            raise CorruptImage(f"corrupt image: {child.path}: its parent's name is {name!r}")
+            raise child.corrupt(0, f"its parent's name is {name!r}")
         return os.path.join(os.path.dirname(child.path), name)
 
     def plain(self) -> "Opening":

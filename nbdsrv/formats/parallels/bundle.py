@@ -65,7 +65,7 @@ def _below(path: str, root: Node, images: list[Node], guid: str) -> Parent | Non
     if not parents:
         if len(images) == 1:
             return None
-        raise CorruptImage(f"corrupt image: {path}: it does not say what lies below {guid}")
+        raise CorruptImage(f"corrupt image: {path} at 0: it does not say what lies below {guid}")
     if parents[0] == NO_PARENT:
         return None
     for image in images:
@@ -75,7 +75,7 @@ def _below(path: str, root: Node, images: list[Node], guid: str) -> Parent | Non
                 what = f"an image of type {image.value('Type')[:40]!r}"
                 raise UnsupportedImage(f"{path}: {what} is not served")
             return Parent(os.path.join(".", image.value("File")), kind)
-    raise CorruptImage(f"corrupt image: {path}: no image {parents[0]}, the parent of {guid}")
+    raise CorruptImage(f"corrupt image: {path} at 0: no image {parents[0]}, the parent of {guid}")
 
 
 def _read(path: str) -> Node:

@@ -16,6 +16,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nbdsrv.errors import DiskError, UnsupportedImage
 from nbdsrv.formats.image_file import ImageFile, open_image_file
@@ -91,6 +92,7 @@ def read_layout(file: ImageFile, opened: list[ImageFile]) -> Layout:
         raise file.corrupt(0, "its descriptor names no extents")
     extents = [_open_extent(file, line, opened) for line in descriptor.extents]
     _check_grains(file, extents)
+    _check_distinct(file, opened)
     return Layout(descriptor, 0, extents)
 
 
@@ -190,6 +192,18 @@ def _check_grains(file: ImageFile, extents: Sequence[Extent]) -> None:
                 f"{file.path}: extent {number} is compressed and begins within a grain"
             )
         start += extent.size
+
+
+def _check_distinct(file: ImageFile, opened: Sequence[ImageFile]) -> None:
+    """No byte of a file is in two places of the disk."""
+    places = []
+    for extent in opened:
+        info = os.fstat(extent.fd)
+        places.append((info.st_dev, info.st_ino, extent.base, extent.base + extent.size))
+    places.sort()
+    for (*low, _, low_end), (*high, start, _) in pairwise(places):
+        if low == high and start < low_end:
+            raise file.corrupt(0, f"two of its extents lie in the same place, at {start}")
 
 
 def _mere_extent(file: ImageFile, of_what: str) -> UnsupportedImage:
