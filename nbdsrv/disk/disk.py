@@ -27,7 +27,11 @@ __all__ = ["Ability", "Disk", "read_runs"]
 
 
 class Ability(Flag):
-    """What a Disk can do besides being read."""
+    """What a Disk can do besides being read.
+
+    DIRECT_FUA: what is written where ``place`` says is durable once its bytes are. Without it the
+    tables may lag behind, and a durable write is ``write`` and ``flush``.
+    """
 
     WRITE = auto()
     FLUSH = auto()
@@ -36,6 +40,7 @@ class Ability(Flag):
     FAST_ZERO = auto()
     MULTI_CONN = auto()
     ROTATIONAL = auto()
+    DIRECT_FUA = auto()
 
 
 class Disk(ABC):
@@ -72,7 +77,6 @@ class Disk(ABC):
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
-        self._workers = workers
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -108,7 +112,7 @@ class Disk(ABC):
         length = len(buffer)
         if length:
             runs = await self.runs(offset, length)
-            await self._workers.run(read_runs, self.name, offset, runs, buffer)
+            await self.workers.run(read_runs, self.name, offset, runs, buffer)
 
     async def runs(self, offset: int, length: int) -> Sequence[Run]:
         """``locate``, loading as needed."""

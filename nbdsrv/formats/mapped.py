@@ -148,9 +148,10 @@ class Page:
         slots = slice(first, last + 1)
         self.edges[slots] = array("q", [each[0] for each in stretches])
         self.kinds[slots] = bytes(each[2] for each in stretches)
-        positions = list(self.positions)
-        positions[slots] = [each[3] for each in stretches]
-        self.positions = _integers(positions)
+        positions = _integers([each[3] for each in stretches])
+        if type(positions) is not type(self.positions):
+            self.positions = list(self.positions)
+        self.positions[slots] = positions
         files = [each[4] for each in stretches]
         if self.files is None and any(files):
             self.files = [None] * (len(self.kinds) - len(files) + last + 1 - first)
@@ -329,7 +330,7 @@ class MappedDisk(Disk):
             upto = numbers.stop + (AHEAD if goes_on else 0)
             ahead = [n for n in range(numbers.stop, upto) if n not in self._pages]
             generation = self._generation
-            pages = await self._workers.look_up(self._read_pages, missing, ahead)
+            pages = await self.workers.look_up(self._read_pages, missing, ahead)
             self._next_page = max(number for number, _ in pages) + 1
             if generation == self._generation:
                 for number, page in pages:
@@ -442,7 +443,7 @@ class MappedDisk(Disk):
         self._pages.clear()
         self._segments = 0
         self.blocks.close()
-        await self._workers.look_up(self._close_files)
+        await self.workers.look_up(self._close_files)
         if self.backing is not None:
             await self.backing.close()
 

@@ -60,6 +60,7 @@ class RawDisk(Disk):
             self.abilities |= (
                 Ability.WRITE | Ability.FLUSH | Ability.TRIM | Ability.ZERO | Ability.FAST_ZERO
             )
+            self.abilities |= Ability.DIRECT_FUA
 
     # --- addresses -----------------------------------------------------------------------
 
@@ -95,14 +96,14 @@ class RawDisk(Disk):
     async def load(self, offset: int, length: int) -> None:
         """Ask the file system about this range, and a little beyond."""
         self._check(offset, length)
-        found = await self._workers.look_up(self._look_up, offset, length, LOOK_AHEAD)
+        found = await self.workers.look_up(self._look_up, offset, length, LOOK_AHEAD)
         for start, span, flags in found.ranges():
             self._map.learn(start, start + span, data=flags == DATA)
 
     async def extents(self, offset: int, length: int) -> ExtentList:
         """What the file system says at this moment."""
         self._check(offset, length)
-        found = await self._workers.look_up(self._look_up, offset, length, 0)
+        found = await self.workers.look_up(self._look_up, offset, length, 0)
         clipped = []
         for start, span, flags in found.ranges():
             if start >= offset + length:
@@ -174,7 +175,7 @@ class RawDisk(Disk):
             return
         self._check_flushed()
         try:
-            await self._workers.run(os.fdatasync, self._fd)
+            await self.workers.run(os.fdatasync, self._fd)
         except OSError as error:
             self._flush_failed = True
             raise DiskError.from_os(f"flushing {self.name}", error) from error
@@ -195,7 +196,7 @@ class RawDisk(Disk):
         """Close the file."""
         if self._fd >= 0:
             self._fd = -1
-            await self._workers.look_up(self._file.close)
+            await self.workers.look_up(self._file.close)
 
     def _check_change(self, offset: int, length: int) -> None:
         if Ability.WRITE not in self.abilities:
@@ -204,7 +205,7 @@ class RawDisk(Disk):
 
     async def _change(self, work: Callable[[*Ts], object], *args: *Ts) -> None:
         try:
-            await self._workers.run(work, *args)
+            await self.workers.run(work, *args)
         except OSError as error:
             raise DiskError.from_os(self.name, error) from error
 

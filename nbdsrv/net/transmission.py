@@ -24,7 +24,7 @@ import logging
 import select
 from collections.abc import Callable
 
-from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import make_resident
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
@@ -459,8 +459,9 @@ class Transmission:
     def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
         """The payload is here; without ``owner`` it lies in the shared receive buffer."""
         if request.command == Command.WRITE:
-            if self._writes.place(request.offset, request.length):
-                durable = bool(request.flags & CommandFlag.FUA)
+            durable = bool(request.flags & CommandFlag.FUA)
+            direct = not durable or Ability.DIRECT_FUA in self._disk.abilities
+            if direct and self._writes.place(request.offset, request.length):
                 self._writes.add(request.cookie, request.offset, data, owner, durable=durable)
             else:
                 self._write_slowly(request, data, owner)

@@ -105,7 +105,7 @@ class CompressedDisk(Disk):
     async def close(self) -> None:
         """Close the file and give the memory back."""
         self._blocks.close()
-        await self._workers.look_up(self._file.close)
+        await self.workers.look_up(self._file.close)
 
 
 def _preferred(source: BlockSource) -> int:

@@ -195,7 +195,7 @@ class Qcow2Disk(MappedDisk):
         if bitmap is None:
             return await super().status(context, offset, length)
         self._check(offset, length)
-        found = await self._workers.look_up(
+        found = await self.workers.look_up(
             dirty_extents, self.file, bitmap, self.header.cluster_size, offset, length
         )
         return ExtentList(offset, found)

@@ -97,10 +97,7 @@ class WritableQcow2(ChangingQcow2):
     # --- writing -------------------------------------------------------------------------------
 
     def place(self, offset: int, length: int) -> FileRun | None:
-        """Clusters of our own whose entries are durable, so that FUA needs no more than their data.
-
-        Never blocks.
-        """
+        """Clusters of our own; their entries may not be durable yet, so there is no DIRECT_FUA."""
         if self._placed_at != self.epoch:
             self._placed.clear()
         number = offset >> self._bits + self._l2_bits
@@ -131,7 +128,7 @@ class WritableQcow2(ChangingQcow2):
         if ahead is not None:
             wanted = (offset + length - 1 >> self._bits) - cluster + 1
             limit = min(index + wanted + ahead, limit)
-        count = table.durable_count(index, self._in_place(table, index, limit))
+        count = self._in_place(table, index, limit)
         first = cluster << self._bits
         reach = min(count << self._bits, self.size - first)
         if first + reach < offset + length:

@@ -284,6 +284,6 @@ class ChangingQcow2(Qcow2Disk):
 
     async def _run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         try:
-            return await self._workers.run(work, *args)
+            return await self.workers.run(work, *args)
         except OSError as error:
             raise DiskError.from_os(self.name, error) from error

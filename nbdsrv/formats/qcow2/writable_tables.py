@@ -54,13 +54,6 @@ class Table:
     syncing: tuple[int, int] = _NOTHING
     pins: int = 0
 
-    def durable_count(self, index: int, count: int) -> int:
-        """How many of ``count`` entries from ``index`` on are in the file as they are here."""
-        for low, high in (self.pending, self.syncing):
-            if index < high and low < index + count:
-                count = max(low - index, 0)
-        return count
-
 
 @dataclass(slots=True)
 class Snapshot:
