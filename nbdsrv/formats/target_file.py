@@ -17,10 +17,12 @@ import errno as os_errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdsrv.errors import DiskError
+from nbdsrv.formats.writeback import Writeback
 
 __all__ = ["STANDARD_OUTPUT", "TargetFile"]
 
@@ -47,6 +49,8 @@ class TargetFile:
         self.seekable = path != STANDARD_OUTPUT
         self._replace = replace
         self._temporary = ""
+        self._turn = threading.Lock()
+        self._writeback = Writeback()
 
     def open(self) -> None:
         """Make the temporary file, beside where it will be.
@@ -96,8 +100,12 @@ class TargetFile:
         view = memoryview(data)
         done = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self.fd, view[done:], position + done)
+            # One at a time: the kernel would let others spin for the file's lock, and two threads
+            # are slower than one then. They read meanwhile.
+            with self._turn:
+                while done < len(view):
+                    done += os.pwrite(self.fd, view[done:], position + done)
+            self._writeback.stored(self.fd, done)
         except OSError as error:
             raise DiskError.from_os(f"writing {self.path}", error) from error
 
@@ -108,6 +116,7 @@ class TargetFile:
             while left:
                 count = self._write_some(left[:_IOV_MAX])
                 self.position += count
+                self._writeback.stored(self.fd, count)
                 left = _behind(left, count)
         except OSError as error:
             raise DiskError.from_os(f"writing {self._name}", error) from error
