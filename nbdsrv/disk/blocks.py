@@ -2,9 +2,10 @@
 
 ::
 
-    Disk A ── Blocks ──┐                     ┌ peek(key)   the loop: what is there, now
-    Disk B ── Blocks ──┼── BlockCache        │ get(key)    threads: decode what is not
-    Disk C ── Blocks ──┘   one budget        └ forget(key) its content has changed
+    Disk A ── Blocks ──┐                     ┌ peek(key)        the loop: what is there, now
+    Disk B ── Blocks ──┼── BlockCache        │ decode_now(key)  the loop: what needs no disk
+    Disk C ── Blocks ──┘   one budget        │ get(key)         threads: decode what is not there
+                                             └ forget(key)      its content has changed
 
 Whoever asks first decodes; who asks for the same block meanwhile waits for that (*single flight*).
 A block that is read as a whole is not kept: whoever reads so reads on and does not come back.
@@ -17,10 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from nbdsrv.errors import DiskError
+
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
-DEFAULT_CACHE = 64 << 20
-"""Decoded bytes kept for all Disks of a process together: a thousand clusters of 64 KiB."""
+DEFAULT_CACHE = 192 << 20
+"""Decoded bytes kept for all Disks of a process together: three thousand clusters of 64 KiB."""
 
 
 class _Entry:
@@ -70,12 +73,24 @@ class Blocks:
         held: key to decoded block; only ``BlockCache`` and this class change it.
     """
 
-    __slots__ = ("_cache", "_decode", "_decoding", "held")
+    __slots__ = ("_at_hand", "_cache", "_decode", "_decoding", "held")
 
-    def __init__(self, cache: BlockCache, decode: Callable[[int], bytes]) -> None:
-        """``decode`` returns the block of a key, blocking, in any thread; raises DiskError."""
+    def __init__(
+        self,
+        cache: BlockCache,
+        decode: Callable[[int], bytes],
+        at_hand: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Blocks that ``decode`` makes.
+
+        Args:
+            cache: shared with other Disks.
+            decode: returns the block of a key, blocking, in any thread; raises DiskError.
+            at_hand: would that take a fraction of a millisecond now, and no disk? Never blocks.
+        """
         self._cache = cache
         self._decode = decode
+        self._at_hand = at_hand
         self._decoding: dict[int, Future[bytes]] = {}
         self.held: dict[int, _Entry] = {}
 
@@ -86,6 +101,15 @@ class Blocks:
             return None
         entry.used = True
         return entry.data or None
+
+    def decode_now(self, key: int, wanted: int) -> bytes | None:
+        """As ``get``, on the loop: None if that would wait for the disk or a thread, or fails."""
+        if self._at_hand is None or key in self._decoding or not self._at_hand(key):
+            return None
+        try:
+            return self.get(key, wanted)
+        except DiskError:
+            return None  # whoever asks again in a thread is told why
 
     def get(self, key: int, wanted: int) -> bytes:
         """The decoded block; decodes it if need be, or waits for who is doing so. For threads.

@@ -11,7 +11,7 @@ import errno as os_errno
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from nbdsrv.disk.disk import Ability, Disk
+from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
@@ -25,7 +25,6 @@ class Concat(Disk):
     """Read-only. Its parts may be anything that never changes while it is open."""
 
     format = "concat"
-    abilities = Ability.MULTI_CONN
 
     def __init__(self, workers: Workers, name: str, parts: Sequence[Disk]) -> None:
         """Becomes the owner of ``parts``, of which there is at least one, none of them empty."""

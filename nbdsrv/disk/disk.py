@@ -69,7 +69,7 @@ class Disk(ABC):
     name: str
     size: int
     format: str
-    abilities: Ability = Ability(0)
+    abilities: Ability = Ability.MULTI_CONN  # all clients share one Disk
     block_sizes: BlockSizes = BlockSizes()
     contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
     epoch: int = 0

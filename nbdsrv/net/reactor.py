@@ -53,7 +53,11 @@ class Handler(Protocol):
 
 
 class Reactor:
-    """Serves the transmission phase of all clients of one event loop."""
+    """Serves the transmission phase of all clients of one event loop.
+
+    Attributes:
+        alone: has only one client asked for anything in this turn?
+    """
 
     def __init__(self, workers: Workers, buffers: Buffers) -> None:
         self.workers = workers
@@ -61,6 +65,7 @@ class Reactor:
         self.receive = buffers.borrow(RECEIVE_SIZE)
         self.arena = buffers.borrow(ARENA_SIZE)
         self.waste = memoryview(bytearray(WASTE_SIZE))
+        self.alone = True
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
@@ -143,6 +148,7 @@ class Reactor:
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         handlers = self._handlers
+        self.alone = len(events) == 1
         for fd, mask in events:
             handler = handlers.get(fd)
             if handler is not None:

@@ -103,7 +103,7 @@ class Transmission:
         self._encoder = encoder(dialect)
         self._slow = SlowRequests(disk, reactor, self._encoder, agreement.contexts, self._deliver)
         self._sender = Sender(reactor, channel, self._warm)
-        self._reads = Reads(disk, self._sender, self._encoder, dialect, secure=channel.secure)
+        self._reads = Reads(disk, reactor, self._sender, self._encoder, dialect, channel.secure)
         self._writes = Writes(disk, reactor, channel, self._encoder, dialect, self._streak_ended)
         self._left = b""
         self._more = False

@@ -43,6 +43,8 @@ takes some 20 us."""
 MAX_PAGE_ENTRIES = 8192
 EXTENDED_PAGE_ENTRIES = 512
 """Likewise where each may have 32 subclusters."""
+QUICK = 1 << 16
+"""Bytes of a cluster that unpacks within a tenth of a millisecond."""
 MAX_PREFERRED = 1 << 16
 """Bytes; larger clusters are not read as a whole."""
 
@@ -181,6 +183,10 @@ class Qcow2Disk(MappedDisk):
             return self._decompress(data, self.header.cluster_size)
         except ValueError as error:
             raise self.file.corrupt(position, f"a compressed cluster, {error}") from error
+
+    def _packed(self, key: int) -> tuple[int, int] | None:
+        quick = key >= 0 and self.header.cluster_size <= QUICK
+        return self._entries.compressed_range(key) if quick else None
 
     def _close_files(self) -> None:
         self.file.close()
