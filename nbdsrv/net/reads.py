@@ -41,7 +41,7 @@ __all__ = ["Reads"]
 
 LARGE = 1 << 16
 """Bytes from which sendfile beats copying, on a plain socket."""
-CERTAIN = 256 << 10
+CERTAIN = 0
 """Bytes up to which a reply from sendfile is announced as complete: the pages were there a
 microsecond ago and the socket usually takes it whole. Should the file be truncated just then, only
 hanging up remains. Larger replies end with a chunk of their own, which costs the client two system
