@@ -119,7 +119,7 @@ class Reads:
             if offset < start or offset + length > stop:
                 sender.used = used
                 answered = self._look_for(cookie, offset, length)
-                if answered is None:
+                if answered is None or (not answered and length >= large):
                     break
                 if answered:
                     at += size
