@@ -41,7 +41,7 @@ __all__ = ["Reads"]
 
 LARGE = 1 << 16
 """Bytes from which sendfile beats copying, on a plain socket."""
-CERTAIN = 0
+CERTAIN = 256 << 10
 """Bytes up to which a reply from sendfile is announced as complete: the pages were there a
 microsecond ago and the socket usually takes it whole. Should the file be truncated just then, only
 hanging up remains. Larger replies end with a chunk of their own, which costs the client two system
@@ -119,7 +119,7 @@ class Reads:
             if offset < start or offset + length > stop:
                 sender.used = used
                 answered = self._look_for(cookie, offset, length)
-                if answered is None or (not answered and length >= large):
+                if answered is None:
                     break
                 if answered:
                     at += size

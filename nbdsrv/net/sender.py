@@ -41,6 +41,7 @@ class Sender:
     def emit(self, data: bytes) -> None:
         """A reply built elsewhere joins those in the arena."""
         if not self.make_room(len(data)):
+            self.push()  # what is in the arena was there first
             self.out.add(data)
             return
         used = self.used

@@ -266,7 +266,11 @@ class Transmission:
         at = self._reads.serve(rx, 0, min(end, self._turn_length))
         if at == end:
             return self._sender.push() and not self._channel.pending()
-        self._serve(rx, at, end)
+        if self._sender.out.parts:  # the client must read first
+            self._sender.push()
+            self._keep(rx, at, end)
+        else:
+            self._serve(rx, at, end)
         return False
 
     def _turn(self) -> None:

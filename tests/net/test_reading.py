@@ -53,6 +53,21 @@ def test_pipelined_reads_each_answered_once(
     assert not wire.pending
 
 
+def test_replies_keep_their_order_when_the_socket_fills_within_a_batch(
+    readonly: ServerProcess, images: Images, dialect: Dialect
+) -> None:
+    """Small replies are built in memory, large ones sent from the file: none overtakes another."""
+    wire = readonly.connect().enter("disk", dialect)
+    wire.read(0, 1)
+    asked = [(0, 65536 * (1 + n % 4)) if n % 2 else (n, 700) for n in range(120)]
+    for _ in range(5):
+        wire.send(b"".join(wire.prepare(Command.READ, *each) for each in asked))
+        for _ in asked:
+            answer = wire.answer()
+            begin = answer.asked.offset
+            assert images.golden[begin : begin + answer.asked.length] == answer.data()
+
+
 def test_cookies_are_opaque_and_reusable(readonly: ServerProcess, dialect: Dialect) -> None:
     wire = readonly.connect().enter("disk", dialect)
     for cookie in (0, 1, 2**64 - 1, 2**63, 1):
