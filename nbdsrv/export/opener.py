@@ -36,13 +36,13 @@ async def _open_whole(source: Source, workers: Workers, *, writable: bool) -> Di
         return await open_nbd(source.location, workers, writable=writable)
     if source.kind is not Kind.IMAGE:
         raise UnsupportedImage(f"{source.text}: {_NOT_YET[source.kind]} are not served yet")
-    path, snapshot, member = _selectors(source)
+    path, snapshot, member = await workers.look_up(_selectors, source)
     opening = Opening(workers, writable=writable, snapshot=snapshot, member=member)
     return await open_image(path, source.scheme, opening)
 
 
 def _selectors(source: Source) -> tuple[str, str, str]:
-    """Path, ``@snapshot`` and ``#member``; a file whose whole name is that comes first."""
+    """Path, ``@snapshot`` and ``#member``; a file of that whole name comes first. Blocking."""
     path = source.location
     if os.path.lexists(path):
         return path, "", ""

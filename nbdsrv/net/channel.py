@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 
-__all__ = ["Channel", "PlainChannel", "TlsChannel", "connect_tls"]
+__all__ = ["Channel", "PlainChannel", "TlsChannel", "connect_tls", "shake_hands"]
 
 SEND_BUFFER = 1 << 20
 """Bytes the kernel may hold for a slow reader on a Unix socket; the default of 208 KiB makes a
@@ -148,15 +148,7 @@ async def connect_tls(channel: PlainChannel, context: ssl.SSLContext) -> TlsChan
         channel.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
     )
     try:
-        while True:
-            try:
-                sock.do_handshake()
-            except ssl.SSLWantReadError:
-                await until_readable(sock.fileno())
-            except ssl.SSLWantWriteError:
-                await until_writable(sock.fileno())
-            else:
-                return TlsChannel(sock)
+        return await shake_hands(sock)
     except (ssl.SSLError, OSError) as error:
         sock.close()
         reason = getattr(error, "reason", None) or error
@@ -164,6 +156,23 @@ async def connect_tls(channel: PlainChannel, context: ssl.SSLContext) -> TlsChan
     except BaseException:
         sock.close()
         raise
+
+
+async def shake_hands(sock: ssl.SSLSocket) -> TlsChannel:
+    """Either side's TLS handshake on a non-blocking socket, which stays the caller's on errors.
+
+    Raises:
+        OSError: it failed (``ssl.SSLError``), or the peer is gone.
+    """
+    while True:
+        try:
+            sock.do_handshake()
+        except ssl.SSLWantReadError:
+            await until_readable(sock.fileno())
+        except ssl.SSLWantWriteError:
+            await until_writable(sock.fileno())
+        else:
+            return TlsChannel(sock)
 
 
 async def until_readable(fd: int) -> None:

@@ -14,7 +14,7 @@ import ssl
 from dataclasses import dataclass
 
 from nbdsrv.errors import ConfigError
-from nbdsrv.net.channel import PlainChannel, TlsChannel, until_readable, until_writable
+from nbdsrv.net.channel import PlainChannel, TlsChannel, shake_hands
 from protocol.uri import Uri
 
 __all__ = ["Credentials", "client_context", "start_tls"]
@@ -116,15 +116,7 @@ async def start_tls(channel: PlainChannel, context: ssl.SSLContext, uri: Uri) ->
         suppress_ragged_eofs=True,
     )
     try:
-        while True:
-            try:
-                sock.do_handshake()
-            except ssl.SSLWantReadError:
-                await until_readable(sock.fileno())
-            except ssl.SSLWantWriteError:
-                await until_writable(sock.fileno())
-            else:
-                return TlsChannel(sock)
+        return await shake_hands(sock)
     except ssl.SSLCertVerificationError as error:
         sock.close()
         raise ConnectionError(f"TLS: the certificate: {error.verify_message}") from error

@@ -85,12 +85,11 @@ class Sender:
         """
         channel = self._channel
         assert not isinstance(channel, TlsChannel)
-        if not self.push(more=True):
-            return 0
-        sent = channel.send_file(fd, position, length) or 0
-        while 0 < sent < length:
-            count = channel.send_file(fd, position + sent, length - sent)
-            if not count:
-                break
-            sent += count
+        sent = 0
+        if self.push(more=True):
+            while sent < length:
+                count = channel.send_file(fd, position + sent, length - sent)
+                if not count:
+                    break
+                sent += count
         return sent
