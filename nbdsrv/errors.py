@@ -7,7 +7,10 @@
     ├── ListenError           cannot accept connections there
     └── DiskError             a disk cannot be opened, or an operation on it failed
         ├── CorruptImage      the file is broken; says where
-        └── UnsupportedImage  the file is fine, but not (yet) for us
+        ├── UnsupportedImage  the file is fine, but not (yet) for us
+        ├── StoreError        an object cannot be read or written (``store.store``)
+        └── RepositoryError   a repository cannot be used: not ours, locked, wrong passphrase
+            └── PointMissing  it has no such point or disk
 
 Every message is one line that says what, where, and what the reader can do.
 """
@@ -21,6 +24,8 @@ __all__ = [
     "DiskError",
     "ListenError",
     "NbdsrvError",
+    "PointMissing",
+    "RepositoryError",
     "UnsupportedImage",
 ]
 
@@ -77,3 +82,11 @@ class CorruptImage(DiskError):
 
 class UnsupportedImage(DiskError):
     """An image of a kind we do not serve."""
+
+
+class RepositoryError(DiskError):
+    """A repository cannot be opened, or not be used like that."""
+
+
+class PointMissing(RepositoryError):
+    """A repository has no restore point, or no disk in it, of that name."""

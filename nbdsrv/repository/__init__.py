@@ -1,0 +1,1 @@
+"""Restore points: our own repository, and those of other tools, behind one interface."""

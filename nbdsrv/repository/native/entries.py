@@ -1,0 +1,105 @@
+"""Reading entries: fetched, decrypted, unpacked, proven; and found elsewhere where that fails.
+
+::
+
+    place ── store.get_range ── open_entry ──> content
+                │  missing, changed
+                └── the index: other packs that have it ──> content, or CorruptImage
+
+A place in a map is a hint. A pack that was repacked, or damaged, may have left the same content in
+another, and only if no pack has it is it lost.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place, open_entry
+from nbdsrv.repository.native.hashing import Hashing
+from nbdsrv.repository.native.layout import meta_key, pack_key
+from nbdsrv.repository.native.pack import HEADER_SIZE, parse_header
+from nbdsrv.repository.native.sealing import BrokenPayload, Seal, Sealing
+from nbdsrv.store.store import Data, ObjectMissing, Store
+
+__all__ = ["Entries", "key_of"]
+
+MAX_SEALS = 1 << 14
+"""Packs whose keys are kept; half a TiB of them."""
+
+
+def key_of(kind: int, pack: bytes) -> str:
+    """The object an entry of that kind lies in."""
+    return pack_key(pack) if kind == Kind.CHUNK else meta_key(pack)
+
+
+class Entries:
+    """The entries of one repository. Thread-safe; everything blocks.
+
+    Attributes:
+        elsewhere: id to all places where it may lie; asked when the first place fails.
+        on_damage: told of each entry that was not what it must be, once it is found out.
+    """
+
+    def __init__(self, store: Store, repository: bytes, sealing: Sealing, hashing: Hashing) -> None:
+        self._store = store
+        self._repository = repository
+        self._sealing = sealing
+        self._hashing = hashing
+        self._plain = sealing.seal(b"") if sealing.id_key is None else None
+        self._seals: OrderedDict[str, Seal] = OrderedDict()
+        self._lock = threading.Lock()
+        self.elsewhere: Callable[[bytes], Iterator[Place]] = lambda _: iter(())
+        self.on_damage: Callable[[DiskError], None] = lambda _: None
+
+    def read(self, kind: Kind, id_: bytes, place: Place) -> Data:
+        """The content of that id.
+
+        Raises:
+            CorruptImage: no pack has it any more; names the object and the offset.
+            StoreError: the store does not answer.
+        """
+        try:
+            return self.read_there(kind, id_, place)
+        except (ObjectMissing, CorruptImage) as error:
+            self.on_damage(error)
+            for other in self.elsewhere(id_):
+                if other[:2] == place[:2]:
+                    continue
+                try:
+                    return self.read_there(kind, id_, other)
+                except (ObjectMissing, CorruptImage):
+                    continue
+            if isinstance(error, CorruptImage):
+                raise
+            text = f"corrupt repository: {key_of(kind, place.pack)} is missing"
+            raise CorruptImage(f"{text}; `nbdsrv verify` tells what it hurts") from error
+
+    def read_there(self, kind: Kind, id_: bytes, place: Place) -> Data:
+        """The content of that id from that very place.
+
+        Raises:
+            CorruptImage: it is not there.
+            ObjectMissing: nor is the pack.
+            StoreError: the store does not answer.
+        """
+        key = key_of(kind, place.pack)
+        data = self._store.get_range(key, place.offset, ENTRY_SIZE + place.length)
+        try:
+            seal = self._plain or self._seal(key)
+            return open_entry(seal, self._hashing, id_, kind, data)
+        except BrokenPayload as error:
+            text = f"corrupt repository: {key} at {place.offset}: {error}"
+            raise CorruptImage(text) from error
+
+    def _seal(self, key: str) -> Seal:
+        found = self._seals.get(key)
+        if found is not None:
+            return found
+        header = parse_header(self._store.get_range(key, 0, HEADER_SIZE), self._repository)
+        seal = self._sealing.seal(header.salt)
+        with self._lock:
+            self._seals[key] = seal
+            while len(self._seals) > MAX_SEALS:
+                self._seals.popitem(last=False)
+        return seal

@@ -1,0 +1,150 @@
+"""Where each object of a repository stands (docs/repository-format.md, "Objects").
+
+::
+
+    nbdrepo.json                 what this is; written once
+    keys/<slot>.json             the master key, wrapped
+    packs/<aa>/<name>.pk         chunks             name: hash of the file, hex
+    metas/<aa>/<name>.pk         pages and roots    the same format
+    index/<ulid>.ix              id -> place
+    points/<group>/<ulid>.pt     one restore point of one VM: the commit
+    leases/ condemned/ scrub/    <ulid>.json
+
+An object is named by its content or by a ULID: a name is never used twice.
+"""
+
+import os
+import re
+import threading
+import time
+from urllib.parse import quote, unquote
+
+__all__ = [
+    "CONDEMNED",
+    "CONFIG",
+    "INDEX",
+    "KEYS",
+    "LEASES",
+    "METAS",
+    "PACKS",
+    "POINTS",
+    "SCRUB",
+    "group_of",
+    "index_key",
+    "meta_key",
+    "new_ulid",
+    "pack_key",
+    "pack_of",
+    "point_key",
+    "point_prefix",
+    "ulid_of",
+    "ulid_time",
+]
+
+CONFIG = "nbdrepo.json"
+KEYS = "keys/"
+PACKS = "packs/"
+METAS = "metas/"
+INDEX = "index/"
+POINTS = "points/"
+LEASES = "leases/"
+CONDEMNED = "condemned/"
+SCRUB = "scrub/"
+
+MAX_GROUP = 200
+"""Bytes of a group's name as it stands in a key: file systems take 255."""
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+
+
+class _Clock:
+    """ULIDs of one process ascend, also within a millisecond and when the clock steps back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def next(self) -> int:
+        with self._lock:
+            fresh = (int(time.time() * 1000) << 80) | int.from_bytes(os.urandom(10), "big")
+            self._last = max(fresh, self._last + 1)
+            return self._last
+
+
+_clock = _Clock()
+
+
+def new_ulid() -> str:
+    """A name for an object: 48 bits of milliseconds since 1970, 80 random bits; sorts by time."""
+    number = _clock.next()
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def ulid_time(ulid: str) -> float:
+    """Seconds since 1970, by the clock of who made it."""
+    number = 0
+    for letter in ulid[:10]:
+        number = number << 5 | _CROCKFORD.index(letter)
+    return number / 1000
+
+
+def ulid_of(key: str) -> str | None:
+    """The ULID an object's name begins with, or None if it is somebody else's file."""
+    match = _ULID.match(key.rpartition("/")[2])
+    return match[0] if match else None
+
+
+def pack_key(name: bytes) -> str:
+    """Of a pack of chunks; ``name`` is its hash, 32 bytes."""
+    text = name.hex()
+    return f"{PACKS}{text[:2]}/{text}.pk"
+
+
+def meta_key(name: bytes) -> str:
+    """Of a pack of pages and roots."""
+    text = name.hex()
+    return f"{METAS}{text[:2]}/{text}.pk"
+
+
+def pack_of(key: str) -> bytes | None:
+    """The hash in the name of a pack or meta pack; None for anything else."""
+    name = key.rpartition("/")[2]
+    if not name.endswith(".pk") or len(name) != 67:
+        return None
+    try:
+        return bytes.fromhex(name[:64])
+    except ValueError:
+        return None
+
+
+def index_key(ulid: str) -> str:
+    """Of a segment of the index."""
+    return f"{INDEX}{ulid}.ix"
+
+
+def point_prefix(group: str) -> str:
+    """Under which the points of a group stand.
+
+    Raises:
+        ValueError: no name of a group.
+    """
+    quoted = quote(group, safe="").replace("~", "%7E")
+    if quoted.startswith("."):
+        quoted = "%2E" + quoted[1:]
+    if not 0 < len(quoted) <= MAX_GROUP:
+        raise ValueError(f"a group's name has 1 to {MAX_GROUP} bytes, this one {len(quoted)}")
+    return f"{POINTS}{quoted}/"
+
+
+def point_key(group: str, ulid: str) -> str:
+    """Of one point."""
+    return f"{point_prefix(group)}{ulid}.pt"
+
+
+def group_of(key: str) -> str | None:
+    """The group a point's key names; None if it is no point's key."""
+    parts = key.split("/")
+    if len(parts) != 3 or not parts[2].endswith(".pt") or ulid_of(key) is None:
+        return None
+    return unquote(parts[1])

@@ -1,0 +1,153 @@
+"""Leases: who is at work in a repository (docs/repository-format.md, "Leases").
+
+::
+
+    writer     put lease ── list condemned/ ─────── ... refresh ... ─── commit ── delete lease
+    collector       put condemned/ ── [grace] ── list leases/ ── list points/ ── delete packs
+
+Either the writer sees the tombstone and uses nothing in it, or the collector sees the lease and
+waits. All ages are told by the store's clock: of two objects' modification times the difference is
+taken, never this host's time.
+"""
+
+import os
+import socket
+import threading
+import time
+from typing import Self
+
+import msgspec
+
+from nbdsrv.errors import RepositoryError
+from nbdsrv.repository.native.layout import LEASES, new_ulid
+from nbdsrv.store.store import ObjectMissing, Store, StoreError
+
+__all__ = ["LAPSE_S", "REFRESH_S", "STALE_S", "Lease", "LeaseRecord", "live_leases", "store_time"]
+
+REFRESH_S = 300.0
+"""Seconds between two refreshes."""
+LAPSE_S = 3600.0
+"""Seconds without one after which its holder must not commit."""
+STALE_S = 24 * 3600.0
+"""Seconds without one after which a collector takes its holder for dead; between the two lies the
+longest time a commit may hang."""
+MAX_LEASE = 1 << 16
+
+
+class LeaseRecord(msgspec.Struct, kw_only=True):
+    """A lease as it is stored.
+
+    Attributes:
+        holder: ``writer`` or ``reader``.
+        host: where; for people.
+        pid: of the process.
+        opened: when it was taken, seconds by the store's clock; 0: not known.
+        points: ``group/ulid`` of what a reader has open.
+    """
+
+    holder: str
+    host: str = ""
+    pid: int = 0
+    opened: float = 0
+    points: list[str] = []
+
+
+class Lease:
+    """One lease, kept fresh by a thread. A context manager; blocking.
+
+    Attributes:
+        name: its ULID.
+        record: as stored.
+    """
+
+    def __init__(self, store: Store, holder: str, points: list[str] | None = None) -> None:
+        self.name = new_ulid()
+        self.record = LeaseRecord(
+            holder=holder, host=socket.gethostname(), pid=os.getpid(), points=points or []
+        )
+        self._store = store
+        self._key = f"{LEASES}{self.name}.json"
+        self._refreshed = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh_on, name="nbdsrv-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Put it, and keep it fresh until ``release``.
+
+        Raises:
+            StoreError: it cannot be put.
+        """
+        began = time.monotonic()
+        self._store.put(self._key, msgspec.json.encode(self.record))
+        self.record.opened = store_time(self._store, self._key)
+        self._store.put(self._key, msgspec.json.encode(self.record))
+        self._refreshed = began
+        self._thread.start()
+
+    def refresh(self) -> None:
+        """Put it again."""
+        began = time.monotonic()
+        self._store.put(self._key, msgspec.json.encode(self.record))
+        self._refreshed = began
+
+    def check(self) -> None:
+        """Raises RepositoryError if it has lapsed: a collector may have taken us for dead."""
+        if time.monotonic() - self._refreshed > LAPSE_S:
+            text = f"{self._store.name}: the lease of this backup could not be refreshed for"
+            raise RepositoryError(f"{text} {LAPSE_S / 60:.0f} minutes; nothing is committed, retry")
+
+    def release(self) -> None:
+        """Delete it. If that fails it goes stale in a day."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            self._store.delete(self._key)
+        except StoreError:
+            pass
+
+    def _refresh_on(self) -> None:
+        while not self._stop.wait(REFRESH_S):
+            try:
+                self.refresh()
+            except StoreError:
+                continue  # ``check`` tells when it has been too long
+
+
+def store_time(store: Store, key: str) -> float:
+    """When the object was put, by the store's clock.
+
+    Raises:
+        ObjectMissing: a listing does not show it.
+    """
+    prefix = key[: key.rindex("/") + 1]
+    for stored in store.list(prefix):
+        if stored.key == key:
+            return stored.modified
+    raise ObjectMissing(f"{store.name}: {key} was put and is not listed", 2)
+
+
+def live_leases(store: Store, now: float) -> list[LeaseRecord]:
+    """Those that are not stale; ``now`` by the store's clock.
+
+    One that cannot be read counts as an old writer's: it holds everything up until it is stale.
+    """
+    found = []
+    for stored in store.list(LEASES):
+        if now - stored.modified > STALE_S:
+            continue
+        try:
+            data = store.get(stored.key, MAX_LEASE)
+            found.append(msgspec.json.decode(data, type=LeaseRecord))
+        except ObjectMissing:
+            continue
+        except msgspec.MsgspecError:
+            found.append(LeaseRecord(holder="writer"))
+    return found

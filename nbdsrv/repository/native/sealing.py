@@ -1,0 +1,166 @@
+"""How content becomes a payload: compressed, then encrypted; and back, verified.
+
+::
+
+    content ── zstd, if it saves 5 % ──> body ── AES-256-GCM ──> payload
+                                                  key    HKDF-SHA256(master, salt of the pack)
+                                                  nonce  number of the entry in its pack, 96 bits
+                                                  data   the entry's header
+    K_id = HKDF-SHA256(master, "nbdrepo v1 ids")        keys the ids (``hashing``)
+
+A fresh 256-bit salt in each pack means a fresh key in each pack: a counter is nonce enough, and
+nothing repeats however much is written.
+"""
+
+import threading
+from enum import IntEnum
+
+import zstandard
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from nbdsrv.store.store import Data
+
+__all__ = [
+    "CIPHER",
+    "DEFAULT_LEVEL",
+    "KEY_SIZE",
+    "TAG_SIZE",
+    "BrokenPayload",
+    "Codec",
+    "Seal",
+    "Sealing",
+    "compress",
+    "expand",
+]
+
+CIPHER = "aes-256-gcm"
+KEY_SIZE = 32
+TAG_SIZE = 16
+DEFAULT_LEVEL = 1
+"""Half a gigabyte per second and core; higher levels take two to ten times that for a tenth."""
+WORTH = 20
+"""Compression must save one part in so many; less is not worth unpacking."""
+
+
+class BrokenPayload(Exception):
+    """It is not what was sealed. Whoever knows where it lies makes it an error that says so."""
+
+
+class Codec(IntEnum):
+    """How a body is encoded."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+class _Contexts(threading.local):
+    """zstd's contexts: costly to make, and for one thread at a time."""
+
+    def __init__(self) -> None:
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        found = self.compressors.get(level)
+        if found is None:
+            found = self.compressors[level] = zstandard.ZstdCompressor(level=level)
+        return found
+
+
+_contexts = _Contexts()
+
+
+def compress(content: Data, level: int = DEFAULT_LEVEL) -> tuple[Codec, Data]:
+    """The shorter way to store ``content``; level 0 is not to try."""
+    if level:
+        body = _contexts.compressor(level).compress(content)
+        if len(body) < len(content) - len(content) // WORTH:
+            return Codec.ZSTD, body
+    return Codec.RAW, content
+
+
+def expand(codec: int, body: Data, length: int) -> Data:
+    """The content, of exactly ``length`` bytes.
+
+    Raises:
+        BrokenPayload: it is none, or longer or shorter.
+    """
+    if codec == Codec.RAW:
+        content: Data = body
+    elif codec == Codec.ZSTD:
+        try:
+            # The frame's own word for its size is what would be allocated: ask before.
+            if zstandard.frame_content_size(body) != length:
+                raise BrokenPayload("a zstd frame of another length")
+            content = _contexts.decompressor.decompress(body)
+        except zstandard.ZstdError as error:
+            raise BrokenPayload(f"zstd: {error}") from error
+    else:
+        raise BrokenPayload(f"codec {codec} is unknown")
+    if len(content) != length:
+        raise BrokenPayload(f"{len(content)} bytes in place of {length}")
+    return content
+
+
+class Seal:
+    """Encrypts and decrypts the entries of one pack; without a key it does nothing.
+
+    Attributes:
+        overhead: bytes a payload is longer than its body.
+    """
+
+    __slots__ = ("_cipher", "overhead")
+
+    def __init__(self, key: bytes | None) -> None:
+        self._cipher = AESGCM(key) if key is not None else None
+        self.overhead = TAG_SIZE if key is not None else 0
+
+    def close(self, number: int, header: bytes, body: Data) -> Data:
+        """The payload of entry ``number``; ``header`` is authenticated with it."""
+        if self._cipher is None:
+            return body
+        return self._cipher.encrypt(number.to_bytes(12, "little"), body, header)
+
+    def open(self, number: int, header: bytes, payload: Data) -> Data:
+        """The body.
+
+        Raises:
+            BrokenPayload: payload or header were changed, or the key is another.
+        """
+        if self._cipher is None:
+            return payload
+        try:
+            return self._cipher.decrypt(number.to_bytes(12, "little"), payload, header)
+        except (InvalidTag, ValueError) as error:
+            raise BrokenPayload("it was changed, or encrypted with another key") from error
+
+
+_PLAIN = Seal(None)
+
+
+class Sealing:
+    """The keys of one repository.
+
+    Attributes:
+        id_key: keys the ids; None in a plain repository.
+    """
+
+    def __init__(self, master: bytes | None = None) -> None:
+        self._master = master
+        self.id_key = self._derive(b"nbdrepo v1 ids", None) if master is not None else None
+
+    def __repr__(self) -> str:
+        return "Sealing(***)" if self._master is not None else "Sealing()"
+
+    def seal(self, salt: bytes) -> Seal:
+        """For the pack that has this salt."""
+        if self._master is None:
+            return _PLAIN
+        return Seal(self._derive(b"nbdrepo v1 pack", salt))
+
+    def _derive(self, purpose: bytes, salt: bytes | None) -> bytes:
+        assert self._master is not None
+        return HKDF(SHA256(), KEY_SIZE, salt, purpose).derive(self._master)

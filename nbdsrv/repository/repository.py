@@ -1,0 +1,196 @@
+"""Restore points, whoever made them: what our repository and any other tool's have in common.
+
+::
+
+    Repository ── points() ──> Point ── disks ──> open_disk(point, name) ──> Disk
+        └── begin(group) ──> PointWriter ── disk(name, size) ──> DiskWriter ── data zero unchanged
+                                 │                                  in any order, whole chunks
+                                 └── commit()   durable and visible, at once
+                                     abort()    nothing is visible
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.errors import RepositoryError
+
+__all__ = [
+    "DiskFacts",
+    "DiskWriter",
+    "Point",
+    "PointWriter",
+    "Repository",
+    "WriteSummary",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """One disk of a point.
+
+    Attributes:
+        name: unique in the point.
+        size: bytes.
+        facts: what else is known: JSON values under snake_case names.
+    """
+
+    name: str
+    size: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One restore point of one VM.
+
+    Attributes:
+        id: unique in its group; sorts by time where the tool's ids do.
+        group: the VM's name or id.
+        created: seconds since 1970.
+        disks: in the VM's order.
+        parent: id of the point it was made from, or None.
+        flags: ``partial``, ``damaged``, ``locked`` ...
+        facts: what else is known: JSON values under snake_case names.
+    """
+
+    id: str
+    group: str
+    created: float
+    disks: tuple[DiskFacts, ...]
+    parent: str | None = None
+    flags: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> str:
+        """``created`` in UTC, to the second: what a timestamp prefix is matched with."""
+        return datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def disk(self, name: str) -> DiskFacts | None:
+        """The disk of that name."""
+        return next((disk for disk in self.disks if disk.name == name), None)
+
+
+class Repository(ABC):
+    """Restore points. Belongs to one event loop.
+
+    Attributes:
+        name: for messages.
+        kind: the scheme it is opened by: ``repo``, ``xo`` ...
+    """
+
+    name: str
+    kind: str
+
+    @abstractmethod
+    async def points(self, group: str | None = None) -> Sequence[Point]:
+        """All points, or those of one group; by group, then from old to new.
+
+        A damaged one is listed with the flag ``damaged`` and no disks.
+
+        Raises:
+            DiskError: the repository cannot be read.
+        """
+
+    @abstractmethod
+    async def open_disk(self, point: Point, name: str) -> Disk:
+        """A disk of a point, read-only.
+
+        Raises:
+            PointMissing: it has no such disk, or has been pruned.
+            DiskError: it is damaged.
+        """
+
+    async def begin(self, group: str, *, parent: Point | None = None) -> "PointWriter":
+        """Begin a new point of ``group``.
+
+        Args:
+            group: the VM's name.
+            parent: what is *unchanged* in it is as in this point.
+
+        Raises:
+            RepositoryError: nobody writes to repositories of this kind.
+        """
+        del group, parent
+        raise RepositoryError(f"{self.name}: repositories of this kind are only read")
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Idempotent. Disks that are open stay so."""
+
+
+@dataclass(slots=True)
+class WriteSummary:
+    """What became of the bytes of one disk.
+
+    Attributes:
+        new_bytes: stored, as they take place: compressed.
+        duplicate_bytes: of the disk that the repository had already, elsewhere.
+        zero_bytes: of the disk that are zeroes now.
+        unchanged_bytes: of the disk that are as in the parent.
+    """
+
+    new_bytes: int = 0
+    duplicate_bytes: int = 0
+    zero_bytes: int = 0
+    unchanged_bytes: int = 0
+
+
+class DiskWriter(ABC):
+    """One disk of a point that is being written.
+
+    Calls may come in any order and several at a time, for ranges that do not overlap, on multiples
+    of ``granularity`` (the end of the disk excepted). What is never told of is *unchanged* if there
+    is a parent, and zeroes otherwise.
+
+    Attributes:
+        name: of the disk.
+        size: bytes.
+        granularity: bytes.
+        summary: so far.
+    """
+
+    name: str
+    size: int
+    granularity: int
+    summary: WriteSummary
+
+    @abstractmethod
+    async def data(self, offset: int, buffer: bytearray, length: int) -> None:
+        """``buffer[:length]`` is at ``offset``; it may be reused once this returns.
+
+        Zeroes in it are found. Content that is as in the parent counts as unchanged.
+
+        Raises:
+            DiskError: it cannot be stored. The point cannot be committed any more.
+        """
+
+    @abstractmethod
+    async def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeroes now, whatever the parent has there."""
+
+
+class PointWriter(ABC):
+    """A point that is being written: a lease is held until ``commit`` or ``abort``."""
+
+    @abstractmethod
+    async def disk(
+        self, name: str, size: int, facts: Mapping[str, Any] | None = None
+    ) -> DiskWriter:
+        """Add a disk."""
+
+    @abstractmethod
+    async def commit(self, facts: Mapping[str, Any] | None = None) -> Point:
+        """Make it durable, then visible.
+
+        Raises:
+            DiskError: nothing is visible.
+        """
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Forget it; nothing is visible. Idempotent, and nothing after ``commit``."""
