@@ -26,10 +26,9 @@ from collections.abc import Callable
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import make_resident
-from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.outgoing import FilePart
-from nbdsrv.net.payload import Payload, Refusal
+from nbdsrv.net.payload import Payloads, Refusal
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
@@ -50,7 +49,7 @@ from protocol.headers import (
     REQUEST,
 )
 from protocol.replies import encoder
-from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules, parse_status_payload
+from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules
 
 __all__ = ["Transmission"]
 
@@ -99,16 +98,24 @@ class Transmission:
             block_sizes=agreement.export.block_sizes,
             has_contexts=bool(agreement.contexts),
         )
-        self._context_ids = tuple(agreement.contexts)
         self._encoder = encoder(dialect)
         self._slow = SlowRequests(disk, reactor, self._encoder, agreement.contexts, self._deliver)
         self._sender = Sender(reactor, channel, self._warm)
         self._reads = Reads(disk, reactor, self._sender, self._encoder, dialect, channel.secure)
         self._writes = Writes(disk, reactor, channel, self._encoder, dialect, self._streak_ended)
+        self._payloads = Payloads(
+            reactor,
+            channel,
+            self._rules,
+            tuple(agreement.contexts),
+            self._writes,
+            self._slow,
+            refuse=self._refuse,
+            memory_is_back=self._memory_is_back,
+            direct_fua=Ability.DIRECT_FUA in disk.abilities,
+        )
         self._left = b""
         self._more = False
-        self._payload: Payload | None = None
-        self._waiting_for_memory = False
         self._end_of_stream = False
         self._ending = False
         self._closed = False
@@ -171,9 +178,7 @@ class Transmission:
     def _close(self) -> None:
         self._sender.out.drop()
         self._writes.drop()
-        if self._payload is not None and self._payload.buffer is not None:
-            self._reactor.buffers.release(self._payload.buffer)
-        self._payload = None
+        self._payloads.drop()
         self._channel.close()
         if not self._slow.in_flight:
             self._on_closed()
@@ -224,14 +229,15 @@ class Transmission:
             self._sender.out.parts
             or self._ending
             or self._closed
-            or self._waiting_for_memory
+            or self._payloads.waiting_for_memory
             or self._writes.lent
             or self._slow.full()
         )
 
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
-        self._quick = not (self._left or self._payload or self._end_of_stream or self._draining)
+        half_done = self._left or self._payloads.arriving or self._end_of_stream
+        self._quick = not (half_done or self._draining)
         if self._closed or self._writes.lent:
             self._mask = 0
             return
@@ -275,7 +281,7 @@ class Transmission:
 
     def _turn(self) -> None:
         """Take what has arrived and serve it; bounded in requests and bytes."""
-        if self._payload is not None and not self._fill_payload(self._payload):
+        if self._payloads.arriving and not self._fill_payload():
             return
         if self._writes.pending:
             self._writes.lend(0, 0, alone=bool(self._left), mute=bool(self._sender.out.parts))
@@ -296,16 +302,30 @@ class Transmission:
     def _serve(self, rx: memoryview, at: int, end: int) -> None:
         """Serve what was received, as far as possible now."""
         at = self._consume(rx, at, end)
-        if self._payload is not None:
-            self._fill_payload(self._payload)  # usually the rest is there already
+        if self._payloads.arriving:
+            self._fill_payload()  # usually the rest is there already
         if self._writes.pending:
-            alone = self._payload is not None or not self._may_read() or self._end_of_stream
+            alone = self._payloads.arriving or not self._may_read() or self._end_of_stream
             if not alone:
                 self._writes.lend(at, end, alone=False, mute=False)
                 return
         self._keep(rx, at, end)
         if self._writes.pending:
             self._writes.lend(0, 0, alone=True, mute=bool(self._sender.out.parts))
+
+    def _fill_payload(self) -> bool:
+        """Receive more of it; False if it is not complete yet."""
+        if not self._payloads.fill():
+            self._stall.watch()
+            return False
+        self._sender.push()
+        return True
+
+    def _memory_is_back(self) -> None:
+        # Not now: this is called in the middle of somebody else's turn.
+        self._more = True
+        if not self._closed:
+            self._reactor.again(self)
 
     def _keep(self, rx: memoryview, at: int, end: int) -> None:
         """What could not be served yet waits until the next turn."""
@@ -380,12 +400,12 @@ class Transmission:
             refusal, self._refused = SHUTDOWN, True
         if refusal is not None:
             if length > end - body:
-                self._payload = Payload(request, length - (end - body), None, refusal)
+                self._payloads.skip(request, length - (end - body), refusal)
                 return end
             self._refuse(request, *refusal)
             return body + length
         if length:
-            return self._receive_payload(request, rx, body, end)
+            return self._payloads.receive(request, rx, body, end)
         if request.command == Command.BLOCK_STATUS and request.flags & CommandFlag.PAYLOAD_LEN:
             self._refuse(request, Errno.EINVAL, "PAYLOAD_LEN without a payload")
             return body
@@ -406,93 +426,16 @@ class Transmission:
         else:
             self._slow.start(request, self._slow.read(request))
 
-    # --- payloads ------------------------------------------------------
-
-    def _receive_payload(self, request: Request, rx: memoryview, body: int, end: int) -> int:
-        length, have = request.length, end - body
-        buffers = self._reactor.buffers
-        if not buffers.affords(max(length, RECEIVE_SIZE)):
-            self._wait_for_memory()
-            return -1
-        if length <= have:
-            self._with_payload(request, rx[body : body + length], None)
-            return body + length
-        if self._writes.pending and length <= RECEIVE_SIZE - self._frame.size:
-            return -1  # the thread that stores the writes before it receives the rest
-        payload = Payload(request, length, buffers.borrow(length))
-        assert payload.buffer is not None
-        payload.buffer.data[:have] = rx[body:end]
-        payload.have = have
-        self._payload = payload
-        return end
-
-    def _wait_for_memory(self) -> None:
-        self._waiting_for_memory = True
-        self._reactor.buffers.when_affordable(self._memory_is_back)
-
-    def _memory_is_back(self) -> None:
-        # Not now: this is called in the middle of somebody else's turn.
-        self._waiting_for_memory = False
-        self._more = True
-        if not self._closed:
-            self._reactor.again(self)
-
-    def _fill_payload(self, payload: Payload) -> bool:
-        """Receive more of it, and act on it once it is complete."""
-        if not payload.fill(self._channel, self._reactor.waste):
-            self._stall.watch()
-            return False
-        self._payload = None
-        if payload.refusal is not None:
-            self._refuse(payload.request, *payload.refusal)
-        if payload.buffer is not None:
-            data = payload.buffer.view(payload.length)
-            self._with_payload(payload.request, data, payload.buffer)
-        self._sender.push()
-        return True
+    # --- stalling ------------------------------------------------------
 
     def _progress(self) -> int | None:
         """For ``Stall``: bytes moved, or None if this client holds no memory."""
-        if self._closed or (self._payload is None and not self._sender.out.parts):
+        if self._closed or not (self._payloads.arriving or self._sender.out.parts):
             return None
-        return self._sender.out.sent + (self._payload.have if self._payload else 0)
+        return self._sender.out.sent + self._payloads.have
 
     def _give_up(self, reason: str) -> None:
         self._lost(ConnectionError(reason))
-
-    def _with_payload(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
-        """The payload is here; without ``owner`` it lies in the shared receive buffer."""
-        if request.command == Command.WRITE:
-            durable = bool(request.flags & CommandFlag.FUA)
-            direct = not durable or Ability.DIRECT_FUA in self._disk.abilities
-            if direct and self._writes.place(request.offset, request.length):
-                self._writes.add(request.cookie, request.offset, data, owner, durable=durable)
-            else:
-                self._write_slowly(request, data, owner)
-            return
-        self._filtered_status(request, bytes(data))
-        if owner is not None:
-            self._reactor.buffers.release(owner)
-
-    def _filtered_status(self, request: Request, payload: bytes) -> None:
-        parsed = parse_status_payload(payload, self._context_ids)
-        if parsed is None:
-            self._refuse(request, Errno.EINVAL, "malformed list of meta contexts")
-            return
-        length, chosen = parsed
-        refusal = self._rules.check_range(Command.BLOCK_STATUS, request.offset, length)
-        if refusal is not None:
-            self._refuse(request, *refusal)
-            return
-        effect = Request(request.command, request.flags, request.cookie, request.offset, length)
-        self._slow.start(effect, self._slow.perform(effect, chosen))
-
-    def _write_slowly(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
-        if owner is None:
-            owner = self._reactor.buffers.borrow(request.length)
-            owner.data[: request.length] = data
-        data = owner.view(request.length)
-        self._slow.start(request, self._slow.write(request, data), owner)
 
     # --- files that must be read in again ------------------------------------------------------
 

@@ -100,6 +100,11 @@ class Writes:
         self._mute = False
 
     @property
+    def header_size(self) -> int:
+        """Bytes of a request in front of its payload."""
+        return self._frame.size
+
+    @property
     def pending(self) -> bool:
         """Has anything been collected?"""
         return bool(self._writes)
