@@ -37,6 +37,11 @@ MODULES = (
     "conformance.programs.xen_orchestra",
     "conformance.programs.encryption",
     "conformance.programs.activation",
+    "conformance.programs.repository",
+    "conformance.programs.repository_trouble",
+    "conformance.programs.object_store",
+    "conformance.programs.at_once",
+    "conformance.programs.kills",
     "conformance.kernel.attach",
 )
 """Where checks are registered, in the order of the table's rows."""
@@ -79,7 +84,8 @@ def _chosen(part: str, pattern: str | None) -> list[Check]:
     type=click.Choice([*(str(part) for part in Part), "all"]),
     default=str(Part.QUICK),
     show_default=True,
-    help="quick: programs on this machine; formats: every image; kernel: Linux in a guest.",
+    help="quick: programs on this machine; formats: every image; kernel: Linux in a guest; "
+    "repository: hundreds of kills, more object stores.",
 )
 @click.option("--only", metavar="PATTERN", help='Run only checks whose "PROGRAM FEATURE" matches.')
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the results too.")

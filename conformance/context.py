@@ -65,30 +65,35 @@ class Context:
         self,
         image: Image | None = None,
         *,
+        source: str | None = None,
         exports: Mapping[str, Image] | None = None,
         listen: Sequence[str] = ("unix",),
         write: bool = False,
         tls: Tls | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Server:
         """Start ``nbdsrv serve`` and wait until it accepts connections.
 
         Args:
             image: the single source, which is also the default export.
+            source: the same for what is no image: a repository.
             exports: further exports by name.
             listen: any of "unix", "tcp" and "tcp6" (loopback, a free port).
             write: serve writable.
             tls: certificates and mode, or None for plaintext only.
+            environment: variables added to ours.
 
         Raises:
             CheckFailedError: it ended, or printed no URI in time.
         """
         server = Server(
             self.directory,
-            sources=() if image is None else (image.path,),
+            sources=[*([] if image is None else [image.path]), *([source] if source else [])],
             exports={name: each.path for name, each in (exports or {}).items()},
             listen=listen,
             write=write,
             tls=tls,
+            environment=environment,
         )
         self.at_end(server.close)
         server.start()

@@ -21,11 +21,15 @@ __all__ = ["Check", "Part", "all_checks", "check", "expect", "expect_in"]
 
 
 class Part(StrEnum):
-    """Which run a check belongs to: a minute in all, every image format, a minute in a guest."""
+    """Which run a check belongs to.
+
+    Two minutes in all, every image format, a minute in a guest, minutes of kills and services.
+    """
 
     QUICK = "quick"
     FORMATS = "formats"
     KERNEL = "kernel"
+    REPOSITORY = "repository"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,13 +71,15 @@ class Server:
         self,
         directory: Path,
         *,
-        sources: Sequence[Path],
+        sources: Sequence[str | Path],
         exports: Mapping[str, Path],
         listen: Sequence[str],
         write: bool,
         tls: Tls | None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.tls = tls
+        self._environment = {**os.environ, **server_environment(), **(environment or {})}
         self.socket = directory / f"s{time.monotonic_ns() % 10**9}"
         self.host = ""
         self.port = 0
@@ -128,7 +130,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **server_environment()},
+                env=self._environment,
                 start_new_session=True,
             )
         threading.Thread(target=self._read_lines, daemon=True).start()

@@ -36,6 +36,7 @@ __all__ = [
     "EXTENDED_HEADER",
     "EXTENDED_REQUEST",
     "REQUEST",
+    "SERVER_REPLY",
     "SIMPLE_OK",
     "SIMPLE_REPLY",
     "STRUCTURED_DATA",
@@ -50,6 +51,9 @@ REQUEST = Struct(">QQQI")
 """key, cookie, offset, length."""
 EXTENDED_REQUEST = Struct(">QQQQ")
 """key, cookie, offset, length."""
+
+SERVER_REPLY = Struct(">QIIII")
+"""magic, option, reply, length, length of the name; a repository is listed as thousands of them."""
 
 SIMPLE_REPLY = Struct(">IIQ")
 """magic, error, cookie."""

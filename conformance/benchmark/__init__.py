@@ -17,5 +17,6 @@
     cold         a second client's latency while another one's file comes from a disk
     slowdisk     a mounted file system every uncached read of which takes a fixed time
     idle         1 000 idle connections, and clients that never read their replies
+    repository   backup programs and their repositories: a package of its own
     client       the few raw handshakes `idle` needs
 """

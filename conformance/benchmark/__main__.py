@@ -19,9 +19,13 @@ from conformance.benchmark.cells import Cell, Part, Peer, select
 from conformance.benchmark.cold import run_cold
 from conformance.benchmark.convert import run_conversions
 from conformance.benchmark.environment import describe
-from conformance.benchmark.formats import make_images
+from conformance.benchmark.formats import make_images, mixed
 from conformance.benchmark.idle import run_idle
 from conformance.benchmark.report import BenchmarkError, Report, load, store
+from conformance.benchmark.repository import cells as repository
+from conformance.benchmark.repository.cells import Program
+from conformance.benchmark.repository.rounds import run_repository
+from conformance.benchmark.repository.table import comparisons
 from conformance.benchmark.rounds import Plan, Progress, run_rounds
 from conformance.benchmark.servers import installed
 from conformance.benchmark.table import markdown, rewrite, rows, text
@@ -31,11 +35,13 @@ UNITS = {"M": 1 << 20, "G": 1 << 30}
 SMALLEST = 64 << 20
 """Below, 2 MiB requests of several rounds all hit the processor's caches."""
 QUICK_SIZE = 256 << 20
+REPOSITORY_SIZE = 4 << 30
+"""Of the disk the repository part backs up: a small VM's."""
 QUICK_ROUNDS, QUICK_SECONDS = 2, 1.0
 ROUNDS, SECONDS = 5, 2.0
 LONGEST_S = 600.0
 EXTRA_ROUNDS = 3
-"""Rounds of the cold and idle parts at most: their differences are large."""
+"""Rounds of the cold, idle and repository parts at most: their differences are large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,11 @@ class Options:
     parts: set[Part]
     peers: list[Peer]
     cells: list[Cell]
+    programs: list[Program]
+    repository_cells: list[repository.Cell]
     cache: str
     size: int
+    repository_size: int
     image: str | None
     rounds: int
     seconds: float
@@ -77,9 +86,16 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     type=click.Choice([p.value for p in Peer]),
     help="Default: all.",
 )
+@click.option(
+    "--program",
+    "programs",
+    multiple=True,
+    type=click.Choice([p.value for p in Program]),
+    help="Of the repository part. Default: all.",
+)
 @click.option("--rounds", type=click.IntRange(1, 100), help=f"Default: {ROUNDS}.")
 @click.option("--seconds", type=click.FloatRange(0.2, LONGEST_S), help=f"Default: {SECONDS:g}.")
-@click.option("--size", callback=_size, metavar="SIZE", help="Of the image made. Default: 1G.")
+@click.option("--size", callback=_size, metavar="SIZE", help="Default: 1G; repositories 4G.")
 @click.option("--image", "existing", type=click.Path(exists=True, dir_okay=False))
 @click.option("--cache", type=click.Path(file_okay=False), help="Where images are made and kept.")
 @click.option("--connections", type=click.IntRange(1, 10000), default=1000, show_default=True)
@@ -92,6 +108,7 @@ def main(
     parts: tuple[str, ...],
     pattern: str,
     peers: tuple[str, ...],
+    programs: tuple[str, ...],
     rounds: int | None,
     seconds: float | None,
     size: int | None,
@@ -105,17 +122,21 @@ def main(
     stored: str | None,
     strict: bool,
 ) -> None:
-    """Measure nbdsrv beside nbdkit and qemu-nbd on the same image, interleaved."""
+    """Measure nbdsrv beside its peers on the same image, interleaved."""
     chosen = {Part(part) for part in parts} or set(Part)
     cells = select(chosen, pattern)
-    if not cells and not chosen & {Part.COLD, Part.IDLE}:
+    of_repositories = repository.select(pattern) if Part.REPOSITORY in chosen else []
+    if not cells and not of_repositories and not chosen & {Part.COLD, Part.IDLE}:
         raise click.UsageError(f"no cell of these parts matches {pattern!r}")
     options = Options(
         parts=chosen,
         peers=[peer for peer in Peer if peer in peers or not peers],
         cells=cells,
+        programs=[program for program in Program if program in programs or not programs],
+        repository_cells=of_repositories,
         cache=os.path.abspath(cache or _default_cache()),
         size=size or (QUICK_SIZE if quick else UNITS["G"]),
+        repository_size=size or (QUICK_SIZE if quick else REPOSITORY_SIZE),
         image=os.path.abspath(existing) if existing else None,
         rounds=rounds or (QUICK_ROUNDS if quick else ROUNDS),
         seconds=seconds or (QUICK_SECONDS if quick else SECONDS),
@@ -126,7 +147,10 @@ def main(
         _publish(report, json_path, readme)
     except (BenchmarkError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    missed = strict and any(row.verdict == "NO" for row in rows(report))
+    missed = strict and (
+        any(row.verdict == "NO" for row in rows(report))
+        or not all(each.met for each in comparisons(report))
+    )
     sys.exit(1 if report.failures or missed else 0)
 
 
@@ -146,6 +170,11 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def _run(options: Options, progress: Progress) -> Report:
+    if options.parts == {Part.REPOSITORY}:
+        path, size = mixed(options.cache, options.repository_size), options.repository_size
+        report = Report(describe(path, size, options.rounds, options.seconds))
+        _run_repository(options, report, progress)
+        return report
     missing = [peer for peer in options.peers if not installed(peer)]
     peers = [peer for peer in options.peers if peer not in missing]
     path = options.image or image.make(options.cache, "random", options.size, seed=1)
@@ -177,7 +206,22 @@ def _run(options: Options, progress: Progress) -> Report:
             seconds=options.seconds,
             connections=options.connections,
         )
+    _run_repository(options, report, progress)
     return report
+
+
+def _run_repository(options: Options, report: Report, progress: Progress) -> None:
+    if options.repository_cells:
+        run_repository(
+            options.repository_cells,
+            options.programs,
+            options.cache,
+            options.repository_size,
+            report,
+            progress,
+            rounds=min(options.rounds, EXTRA_ROUNDS),
+            seconds=options.seconds,
+        )
 
 
 def _run_table(

@@ -25,7 +25,7 @@ class Transport(StrEnum):
 
 
 class Part(StrEnum):
-    """What ``--part`` chooses; all but the last two make the table."""
+    """What ``--part`` chooses; all but the last three make the table."""
 
     READS = "reads"
     WRITES = "writes"
@@ -35,6 +35,7 @@ class Part(StrEnum):
     CONVERT = "convert"
     COLD = "cold"
     IDLE = "idle"
+    REPOSITORY = "repository"
 
 
 class Peer(StrEnum):

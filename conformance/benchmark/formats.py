@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from conformance.benchmark.cells import COMPRESSED
 from conformance.benchmark.report import BenchmarkError
 
-__all__ = ["FormatImage", "convert_command", "make_images", "mixed"]
+__all__ = [
+    "PIECE",
+    "FormatImage",
+    "convert_command",
+    "make_images",
+    "mixed",
+    "text",
+    "vocabulary",
+]
 
 PIECE = 1 << 20
 HOLES, TEXT = 0.55, 0.30
@@ -76,7 +84,7 @@ def mixed(directory: str, size: int) -> str:
         return path
     os.makedirs(directory, exist_ok=True)
     source = random.Random(SEED)
-    words = [b"%x " % source.randrange(1 << 20) for _ in range(2000)]
+    words = vocabulary(source)
     partial = f"{path}.partial"
     with open(partial, "wb") as file:
         for at in range(0, size, PIECE):
@@ -86,17 +94,22 @@ def mixed(directory: str, size: int) -> str:
                 continue
             file.seek(at)
             is_text = kind < HOLES + TEXT
-            file.write(_text(source, words, length) if is_text else source.randbytes(length))
+            file.write(text(source, words, length) if is_text else source.randbytes(length))
         file.truncate(size)
         os.fsync(file.fileno())
     os.rename(partial, path)
     return path
 
 
-def _text(source: random.Random, words: list[bytes], length: int) -> bytes:
+def vocabulary(source: random.Random) -> list[bytes]:
+    """The words ``text`` is made of."""
+    return [b"%x " % source.randrange(1 << 20) for _ in range(2000)]
+
+
+def text(source: random.Random, words: list[bytes], length: int) -> bytes:
     """Words in random order: no two pieces are alike, and each shrinks to a third or so."""
-    text = b"".join(source.choices(words, k=length // 4))
-    return (text * 2)[:length]
+    line = b"".join(source.choices(words, k=length // 4))
+    return (line * 2)[:length]
 
 
 def _is_newer(path: str, source: str) -> bool:

@@ -14,7 +14,7 @@ import shutil
 
 from conformance.benchmark.report import BenchmarkError
 
-__all__ = ["copy_of", "evict", "make", "resident", "settle", "warm"]
+__all__ = ["PIECE", "copy_of", "evict", "make", "require_space", "resident", "settle", "warm"]
 
 PIECE = 4 << 20
 """Bytes written or read at a time while an image is made or warmed."""
@@ -38,7 +38,7 @@ def make(directory: str, name: str, size: int, seed: int) -> str:
     path = os.path.join(directory, f"{name}-{size}.raw")
     if os.path.exists(path) and os.path.getsize(path) == size:
         return path
-    _require_space(directory, size)
+    require_space(directory, size)
     source = random.Random(seed)
     partial = f"{path}.partial"
     with open(partial, "wb") as file:
@@ -55,7 +55,7 @@ def copy_of(path: str, directory: str) -> str:
     """A fully allocated copy of an image in ``directory``, for the cells that write."""
     os.makedirs(directory, exist_ok=True)
     target = os.path.join(directory, "written.raw")
-    _require_space(directory, os.path.getsize(path))
+    require_space(directory, os.path.getsize(path))
     with open(path, "rb") as source, open(target, "wb") as copy:
         shutil.copyfileobj(source, copy, PIECE)
     settle(target)
@@ -116,7 +116,8 @@ def resident(path: str) -> float:
     return bytes(state).translate(bytes(n & 1 for n in range(256))).count(1) / pages
 
 
-def _require_space(directory: str, size: int) -> None:
+def require_space(directory: str, size: int) -> None:
+    """Raises BenchmarkError when ``size`` bytes more would fill the disk."""
     free = shutil.disk_usage(directory).free
     if free < size + SPARE:
         raise BenchmarkError(

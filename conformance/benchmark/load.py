@@ -18,7 +18,7 @@ from conformance.benchmark.cells import Cell
 from conformance.benchmark.report import BenchmarkError
 from conformance.benchmark.servers import Server
 
-__all__ = ["Fio", "FioResult", "copy_rate", "measure", "start_fio"]
+__all__ = ["Fio", "FioResult", "copy_rate", "measure", "start_fio", "understand"]
 
 GRACE_S = 30.0
 """What fio may need beyond its run time: start, connect, drain, report."""
@@ -55,7 +55,7 @@ class Fio:
             self.process.kill()
             self.process.communicate()
             raise BenchmarkError("fio hung: the server stopped answering") from error
-        return _understand(out, err, self.process.returncode, self.rw)
+        return understand(out, err, self.process.returncode, self.rw)
 
 
 @contextlib.contextmanager
@@ -134,7 +134,8 @@ def _client(server: Server, command: list[str]) -> Iterator[subprocess.Popen[str
                 process.communicate()
 
 
-def _understand(out: str, err: str, code: int, rw: str) -> FioResult:
+def understand(out: str, err: str, code: int, rw: str) -> FioResult:
+    """fio's JSON report of one job; raises BenchmarkError when it failed or read nothing."""
     # fio's nbd engine prints "fio: connected to NBD server" into the JSON's stream, first.
     body = out[out.find("{") :] if "{" in out else ""
     chatter = (out[: len(out) - len(body)] + err).strip()[-300:]

@@ -7,7 +7,16 @@ it alone, so ``--from`` prints an old run again.
 import json
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["BenchmarkError", "ColdSample", "IdleSample", "Report", "Sample", "load", "store"]
+__all__ = [
+    "BenchmarkError",
+    "ColdSample",
+    "IdleSample",
+    "Report",
+    "RepositorySample",
+    "Sample",
+    "load",
+    "store",
+]
 
 FORMAT = 1
 """Changes when an older reader would misunderstand the file."""
@@ -74,12 +83,23 @@ class IdleSample:
     accepted: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RepositorySample:
+    """One number of one backup program in one round, in its cell's unit."""
+
+    cell: str
+    program: str
+    round: int
+    value: float
+
+
 @dataclass(slots=True)
 class Report:
     environment: dict[str, str]
     samples: list[Sample] = field(default_factory=list)
     cold: list[ColdSample] = field(default_factory=list)
     idle: list[IdleSample] = field(default_factory=list)
+    repository: list[RepositorySample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -102,6 +122,7 @@ def load(path: str) -> Report:
             samples=[Sample(**each) for each in data["samples"]],
             cold=[ColdSample(**each) for each in data["cold"]],
             idle=[IdleSample(**each) for each in data["idle"]],
+            repository=[RepositorySample(**each) for each in data.get("repository", [])],
             failures=data["failures"],
             notes=data["notes"],
         )

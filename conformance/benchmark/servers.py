@@ -22,7 +22,7 @@ from conformance.benchmark.cells import Peer, Transport
 from conformance.benchmark.report import BenchmarkError
 from conformance.benchmark.tls import Certificates, issue
 
-__all__ = ["ROOT", "Server", "installed", "receive", "serve"]
+__all__ = ["GREETING", "ROOT", "Server", "free_port", "installed", "receive", "serve", "stop"]
 
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
@@ -142,7 +142,7 @@ def serve(
             _await_greeting(server)
             yield server
         finally:
-            _stop(server.process)
+            stop(server.process)
 
 
 def _start(
@@ -156,7 +156,7 @@ def _start(
     form: str,
 ) -> Server:
     path = os.path.join(directory, "socket")
-    port = 0 if transport is Transport.UNIX else _free_port()
+    port = 0 if transport is Transport.UNIX else free_port()
     tls = issue(directory) if transport is Transport.TLS else None
     if peer is Peer.OURS:
         command = _nbdsrv(path, port, tls, exports, write=write, connections=connections)
@@ -243,7 +243,8 @@ def _qemu(
     return [*command, exports[""]]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
         assert isinstance(port, int)
@@ -264,7 +265,8 @@ def _await_greeting(server: Server) -> None:
     raise BenchmarkError(f"{server.peer} sent no greeting in {READY_TIMEOUT_S} s: {server.log()}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """SIGTERM, and SIGKILL where that is not enough; returns when it has ended."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:

@@ -11,6 +11,7 @@ from statistics import median
 
 from conformance.benchmark.cells import CELLS, Cell, Peer
 from conformance.benchmark.report import BenchmarkError, Report
+from conformance.benchmark.repository import table as repositories
 
 __all__ = ["Ratio", "Row", "markdown", "rewrite", "rows", "text"]
 
@@ -100,7 +101,7 @@ def text(report: Report) -> str:
     parts = []
     if report.samples:
         parts.append(_aligned(*_table(report, spread=True)))
-    for title, header, lines in _extras(report):
+    for title, header, lines in _extras(report, spread=True):
         parts.append(f"{title}\n" + _aligned(header, lines))
     parts += [f"note: {note}" for note in [*report.notes, *_busy_idlers(report)]]
     if report.failures:
@@ -122,7 +123,7 @@ def markdown(report: Report) -> str:
     parts = []
     if report.samples:
         parts.append(_piped(*_table(report, spread=False)))
-    for title, header, lines in _extras(report):
+    for title, header, lines in _extras(report, spread=False):
         parts.append(f"{title}\n\n" + _piped(header, lines))
     machine = "; ".join(f"{key}: {value}" for key, value in report.environment.items())
     parts.append(
@@ -198,8 +199,8 @@ def _busy_idlers(report: Report) -> list[str]:
     return [f"{when} the waiting servers used {worst.idle_cores:.2f} of a processor"]
 
 
-def _extras(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
-    found = []
+def _extras(report: Report, *, spread: bool) -> list[tuple[str, list[str], list[list[str]]]]:
+    found = repositories.tables(report, spread=spread)
     if report.cold:
         title = "A client's 4 KiB reads (depth 1, cached) while another client of the same server"
         found.append((title, *_cold(report)))

@@ -27,14 +27,16 @@ NEEDS = ("nbdfuse",)
 MOUNT_TIMEOUT_S = 10.0
 
 
-def fuse_mount(context: Context, server: Server, *options: str) -> tuple[Path, Callable[[], None]]:
-    """Mount the default export as a file; return its path, and what unmounts it."""
+def fuse_mount(
+    context: Context, server: Server, *options: str, name: str = "", place: str = "fuse"
+) -> tuple[Path, Callable[[], None]]:
+    """Mount an export as a file; return its path, and what unmounts it."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MissingPeerError("/dev/fuse is not usable")
-    mountpoint = context.directory / "fuse"
+    mountpoint = context.directory / place
     mountpoint.mkdir()
     process = subprocess.Popen(
-        [find_program("nbdfuse"), *options, mountpoint / "nbd", server.uri()],
+        [find_program("nbdfuse"), *options, mountpoint / "nbd", server.uri(name)],
         cwd=context.directory,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -96,9 +98,9 @@ def ext4(context: Context) -> None:
     _unmount(context, again)
 
 
-def loop_mount(context: Context, file: Path, mode: str) -> Path:
+def loop_mount(context: Context, file: Path, mode: str, place: str = "") -> Path:
     """Mount through a loop device that mount(8) picks and the kernel frees on unmount."""
-    mountpoint = context.directory / f"mnt-{mode}"
+    mountpoint = context.directory / (place or f"mnt-{mode}")
     mountpoint.mkdir()
     context.at_end(_unmount, context, mountpoint)
     # noload: on a read-only mount nothing may be replayed, fsck has just found nothing to.

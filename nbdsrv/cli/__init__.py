@@ -15,8 +15,16 @@ _COMMANDS = {
     "serve": "nbdsrv.cli.serve:serve",
     "info": "nbdsrv.cli.image:info",
     "map": "nbdsrv.cli.image:map_",
+    "ls": "nbdsrv.cli.points:ls",
     "copy": "nbdsrv.cli.copy:copy",
     "compare": "nbdsrv.cli.compare:compare",
+    "init": "nbdsrv.cli.init:init",
+    "backup": "nbdsrv.cli.backup:backup",
+    "restore": "nbdsrv.cli.restore:restore",
+    "key": "nbdsrv.cli.key:key",
+    "prune": "nbdsrv.cli.prune:prune",
+    "gc": "nbdsrv.cli.gc:gc",
+    "verify": "nbdsrv.cli.verify:verify",
 }
 """Command to ``module:function``; imported when it is run, for a server's modules take a while."""
 

@@ -33,6 +33,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
+from nbdsrv.repository.opening import is_repository
 
 __all__ = ["copy"]
 
@@ -82,7 +83,16 @@ def copy(
     TARGET is a new image (disk.qcow2, vhd:/path), standard output (- or vmdk:-), a block device or
     an NBD URI; the latter two are overwritten as they are. A new image appears under its name once
     it is complete; until then, and after an error, there is none.
+
+    If TARGET is a repository (repo:/path), SOURCE names points of another one.
     """
+    if is_repository(target):
+        if to or compress or backing or connections or force:
+            raise ConfigError(f"{target}: points are copied as they are; leave out the options")
+        from nbdsrv.cli.copy_points import copy_points
+
+        copy_points(source, target, as_json=as_json, quiet=quiet)
+        return
     compression = Compression.parse(compress) if compress else None
     making = Making(compression, backing, force)
     order = Order(source, parse_target(target, to), making, connections, quiet)

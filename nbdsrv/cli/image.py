@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -11,18 +12,32 @@ from nbdsrv.cli.layout import allocation_rows, extents, state
 from nbdsrv.cli.running import opened, running_workers
 from nbdsrv.cli.words import human
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.workers import Workers
+from nbdsrv.export.grammar import Kind, parse_source
 from protocol.contexts import ALLOCATION
 
 __all__ = ["info", "map_"]
 
 T = TypeVar("T")
 
+MAX_CONTEXTS = 5
+"""Meta contexts that are named; a restore point has one for each other point."""
+
 
 @click.command()
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(source: str, *, as_json: bool) -> None:
-    """Describe SOURCE: format, size in bytes, allocation, its chain of backing images."""
+    """Describe SOURCE: format, size in bytes, allocation, its chain of backing images.
+
+    Of a repository (repo:/path): what it is, its groups, how much is stored.
+    """
+    parsed = parse_source(source)
+    if parsed.kind is Kind.REPOSITORY and not parsed.selector and parsed.partition is None:
+        from nbdsrv.cli.points import print_repository, repository_facts
+
+        print_repository(_with_workers(partial(repository_facts, parsed)), as_json=as_json)
+        return
     _print_info(_with_disk(source, _describe), as_json=as_json)
 
 
@@ -52,6 +67,14 @@ def _with_disk(source: str, work: Callable[[Disk], Awaitable[T]]) -> T:
     async def run() -> T:
         async with running_workers() as workers, opened(source, workers) as disk:
             return await work(disk)
+
+    return uvloop.run(run())
+
+
+def _with_workers(work: Callable[[Workers], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with running_workers() as workers:
+            return await work(workers)
 
     return uvloop.run(run())
 
@@ -107,6 +130,9 @@ def _print_info(facts: dict[str, Any], *, as_json: bool) -> None:
     for key, value in facts.items():
         if key == "details":
             _print_details(value)
+        elif key == "contexts" and len(value) > MAX_CONTEXTS:
+            more = f"and {len(value) - MAX_CONTEXTS} more"
+            click.echo(f"{key:12} {_shown((*value[:MAX_CONTEXTS], more))}")
         elif key == "backing":
             for below in value:
                 size = f"{below['size']} ({human(below['size'])})"

@@ -18,8 +18,8 @@ from nbdsrv.disk.blocks import DEFAULT_CACHE, BlockCache
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.exports import Catalogue, Export
-from nbdsrv.export.grammar import Source, parse_source
-from nbdsrv.export.opener import open_source
+from nbdsrv.export.grammar import Kind, Source, parse_source
+from nbdsrv.export.opener import open_collection, open_source
 from nbdsrv.net.listener import Listener, activated_sockets, listen
 from nbdsrv.net.server import Limits, Server
 from nbdsrv.net.stdio import standard_stream
@@ -134,9 +134,12 @@ class Settings:
 def serve(verbose: int, **options: object) -> None:
     """Serve each SOURCE over NBD.
 
-    Prints one NBD URI per export once connections are accepted. SIGTERM finishes what is in
-    flight and exits with 0. Sockets handed over by systemd (LISTEN_FDS) are used if there is
-    no --listen.
+    A repository (repo:/path) is served whole: every disk of every restore point, as they come and
+    go, under GROUP/DISK@POINT and GROUP/DISK@latest.
+
+    Prints one NBD URI per export or repository once connections are accepted. SIGTERM finishes
+    what is in flight and exits with 0. Sockets handed over by systemd (LISTEN_FDS) are used if
+    there is no --listen.
     """
     settings = Settings(**options)  # type: ignore[arg-type]
     set_up(verbose)
@@ -150,10 +153,9 @@ async def _serve(settings: Settings) -> None:
     # A thread that stores writes must not keep the loop from the interpreter for the usual 5 ms.
     sys.setswitchinterval(SWITCH_S)
     workers = Workers(cache=BlockCache(settings.cache << 20))
-    catalogue = Catalogue()
-    for name, source in _named_sources(settings):
-        catalogue.add(_export(name, source, settings, workers))
-    if not len(catalogue):
+    with delivering(workers):
+        catalogue = await _catalogue(settings, workers)
+    if not len(catalogue) and not catalogue.collections:
         raise ConfigError("nothing to serve; give a SOURCE or --export NAME=SOURCE")
     mode = _tls_mode(settings, catalogue)
     context = None
@@ -185,17 +187,36 @@ async def _serve(settings: Settings) -> None:
         await stop.wait()
     notify("STOPPING=1")
     await server.stop()
+    with delivering(workers):
+        for collection in catalogue.collections:
+            await collection.close()
     workers.close()
     if stream is not None:
         stream.finish(settings.drain_timeout)
     _ignore_signals()
 
 
+async def _catalogue(settings: Settings, workers: Workers) -> Catalogue:
+    catalogue = Catalogue()
+    given = len(settings.sources)
+    for n, (name, source) in enumerate(_named_sources(settings)):
+        if source.kind is Kind.REPOSITORY and source.partition is None:
+            prefix = f"{name}/" if n >= given else ""  # two repositories may have the same VMs
+            tls_only = name in settings.tls_exports
+            collection = await open_collection(source, workers, name, prefix, tls_only=tls_only)
+            if collection is not None:
+                catalogue.collections.append(collection)
+                continue
+        catalogue.add(_export(name, source, settings, workers))
+    return catalogue
+
+
 def _named_sources(settings: Settings) -> list[tuple[str, Source]]:
     named = []
     for text in settings.sources:
         source = parse_source(text)
-        named.append((os.path.basename(source.location.rstrip("/")) or text, source))
+        name = source.selector if source.kind is Kind.REPOSITORY else ""
+        named.append((name or os.path.basename(source.location.rstrip("/")) or text, source))
     for text in settings.exports:
         name, equals, rest = text.partition("=")
         if not equals:
@@ -234,7 +255,7 @@ def _tls_mode(settings: Settings, catalogue: Catalogue) -> TlsMode:
         raise ConfigError(f"--tls {mode.value} needs --tls-cert and --tls-key")
     if settings.tls_exports and mode is not TlsMode.PER_EXPORT:
         raise ConfigError("--tls-export goes with --tls per-export")
-    names = {export.name for export in catalogue}
+    names = {each.name for each in (*catalogue, *catalogue.collections)}
     for name in settings.tls_exports:
         if name not in names:
             raise ConfigError(f"--tls-export {name}: no such export")
@@ -264,12 +285,16 @@ def _listeners(settings: Settings) -> list[Listener]:
 def _announce(catalogue: Catalogue, listeners: Sequence[Listener], mode: TlsMode) -> None:
     uris = []
     for listener in listeners:
+        lone = len(catalogue) == 1 and not catalogue.collections
         for export in catalogue:
-            name = "" if len(catalogue) == 1 else export.name
             secure = mode is TlsMode.REQUIRED or export.tls_only
-            uris.append(str(_uri(listener, name, secure=secure)))
+            uris.append(str(_uri(listener, "" if lone else export.name, secure=secure)))
+        for collection in catalogue.collections:  # its exports come and go: ask for the list
+            secure = mode is TlsMode.REQUIRED or collection.tls_only
+            uris.append(str(_uri(listener, "", secure=secure)))
     print(*dict.fromkeys(uris), sep="\n", flush=True)
-    notify(f"READY=1\nSTATUS=serving {len(catalogue)} exports")
+    repositories = f", {len(catalogue.collections)} repositories" if catalogue.collections else ""
+    notify(f"READY=1\nSTATUS=serving {len(catalogue)} exports{repositories}")
 
 
 def _uri(listener: Listener, name: str, *, secure: bool) -> Uri:

@@ -3,20 +3,22 @@
 ::
 
     catalogue ── name ──> Export ── acquire() ──> Disk   opened when the first client asks,
-                                    release()            shared by all, closed behind the last
+        │                           release()            shared by all, closed behind the last
+        └── Collection ── name ──> Export                a whole repository: looked up when asked
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nbdsrv.disk.disk import Ability, Disk
-from nbdsrv.errors import ConfigError
+from nbdsrv.errors import ConfigError, DiskError
 from protocol.constants import MAX_STRING, TransmissionFlag
 from protocol.handshake.options import ExportInfo
 
-__all__ = ["Catalogue", "Export", "export_info"]
+__all__ = ["Catalogue", "Collection", "Export", "export_info", "is_name"]
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _FLAGS = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Export:
     """A name and how to open the Disk behind it.
 
@@ -67,20 +69,56 @@ class Export:
                 await disk.close()
 
 
+class Collection(ABC):
+    """Exports that come and go by themselves. Belongs to one event loop.
+
+    Attributes:
+        name: for messages and ``--tls-export``.
+        tls_only: as of each of its exports.
+    """
+
+    name: str
+    tls_only: bool = False
+
+    @abstractmethod
+    async def find(self, name: str) -> Export | None:
+        """The export a client means by ``name``: the same one while somebody uses it.
+
+        Raises:
+            DiskError: that cannot be found out.
+        """
+
+    @abstractmethod
+    async def listed(self) -> Sequence[tuple[str, str]]:
+        """(name, description) of all there are now.
+
+        Raises:
+            DiskError: that cannot be found out.
+        """
+
+    async def close(self) -> None:
+        """Give back what it holds; exports in use stay open. Idempotent."""
+
+
 class Catalogue:
-    """All exports by name; a lone one is also the default export ``""``."""
+    """All exports by name; a lone one is also the default export ``""``.
+
+    Attributes:
+        collections: asked, in this order, for names that are no export's.
+    """
 
     def __init__(self) -> None:
         self._exports: dict[str, Export] = {}
+        self.collections: list[Collection] = []
 
     def add(self, export: Export) -> None:
         """Raises ConfigError for a name that is taken or that the protocol cannot carry."""
         if export.name in self._exports:
             raise ConfigError(f"two exports are named {export.name!r}; use --export NAME=SOURCE")
-        if len(export.name.encode(errors="replace")) > MAX_STRING or "\0" in export.name:
-            raise ConfigError(f"export name {export.name[:40]!r}... is longer than {MAX_STRING}")
         if not export.name.isascii() and _undecodable(export.name):
             raise ConfigError(f"export name {export.name!r} is not UTF-8; use --export NAME=SOURCE")
+        if not is_name(export.name):
+            raise ConfigError(f"export name {export.name[:40]!r}... is longer than {MAX_STRING}")
         self._exports[export.name] = export
 
     def __iter__(self) -> Iterator[Export]:
@@ -89,17 +127,41 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self._exports)
 
-    def find(self, name: str) -> Export | None:
-        """The export a client means by ``name``."""
-        if not name and "" not in self._exports and len(self._exports) == 1:
-            return next(iter(self._exports.values()))
-        return self._exports.get(name)
+    async def find(self, name: str) -> Export | None:
+        """The export a client means by ``name``.
 
-    def listed(self, *, secure: bool) -> Iterator[tuple[str, str]]:
-        """(name, description) of what a client may know of."""
-        for export in self:
-            if secure or not export.tls_only:
-                yield export.name, export.description
+        Raises:
+            DiskError: a collection cannot find out.
+        """
+        lone = len(self._exports) == 1 and not self.collections
+        if not name and lone and "" not in self._exports:
+            return next(iter(self._exports.values()))
+        found = self._exports.get(name)
+        for collection in self.collections:
+            if found is not None:
+                break
+            found = await collection.find(name)
+        return found
+
+    async def listed(self, *, secure: bool) -> list[tuple[str, str]]:
+        """(name, description) of what a client may know of.
+
+        A collection that cannot tell is left out, and the log says why.
+        """
+        names = [(e.name, e.description) for e in self if secure or not e.tls_only]
+        for collection in self.collections:
+            if secure or not collection.tls_only:
+                try:
+                    names += await collection.listed()
+                except DiskError as error:
+                    log.warning("exports.unlisted collection=%r reason=%s", collection.name, error)
+        return names
+
+
+def is_name(name: str) -> bool:
+    """Can the protocol carry it?"""
+    fits = len(name.encode(errors="replace")) <= MAX_STRING and "\0" not in name
+    return fits and (name.isascii() or not _undecodable(name))
 
 
 def _undecodable(name: str) -> bool:

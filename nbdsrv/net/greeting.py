@@ -125,45 +125,45 @@ class Greeting:
             await self._send()
             await self._upgrade()
         elif isinstance(event, ListExports):
-            machine.list_exports(self.catalogue.listed(secure=self._may_see_all()))
+            machine.list_exports(await self.catalogue.listed(secure=self._may_see_all()))
         elif isinstance(event, OpenExport):
             return await self._open(event)
         elif isinstance(event, QueryContexts):
-            export = self._visible(event.name)
-            if export is None:
-                return machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
             try:
+                export = await self._visible(event.name)
+                if export is None:
+                    return machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
                 disk = await self._hold(export)
             except DiskError as error:
-                return self._unopened(export, error)
+                return self._unopened(event.name, error)
             machine.contexts(disk.contexts)
         return None
 
     async def _open(self, event: OpenExport) -> Event | None:
-        export = self._visible(event.name)
-        if export is None and not self._may_see_all():
-            # The same answer for what is secret and what does not exist.
-            text = f"export {event.name!r} is not served without TLS"
-            return self.machine.refuse(Reply.ERR_TLS_REQD, text)
-        if export is None:
-            return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
         try:
+            export = await self._visible(event.name)
+            if export is None and not self._may_see_all():
+                # The same answer for what is secret and what does not exist.
+                text = f"export {event.name!r} is not served without TLS"
+                return self.machine.refuse(Reply.ERR_TLS_REQD, text)
+            if export is None:
+                return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
             disk = await self._hold(export)
         except DiskError as error:
-            return self._unopened(export, error)
+            return self._unopened(event.name, error)
         return self.machine.accept(export_info(export, disk))
 
-    def _unopened(self, export: Export, error: DiskError) -> Event | None:
+    def _unopened(self, name: str, error: DiskError) -> Event | None:
         """The client learns that and why, but not where things lie on this host."""
-        log.warning("export.unopened export=%r reason=%s", export.name, error)
-        text = f"export {export.name!r} cannot be opened: {os.strerror(error.errno)}"
+        log.warning("export.unopened export=%r reason=%s", name, error)
+        text = f"export {name!r} cannot be opened: {os.strerror(error.errno)}"
         return self.machine.refuse(Reply.ERR_PLATFORM, text)
 
     def _may_see_all(self) -> bool:
         return self.channel.secure or self.mode is not TlsMode.PER_EXPORT
 
-    def _visible(self, name: str) -> Export | None:
-        export = self.catalogue.find(name)
+    async def _visible(self, name: str) -> Export | None:
+        export = await self.catalogue.find(name)
         if export is not None and export.tls_only and not self.channel.secure:
             return None
         return export

@@ -5,14 +5,21 @@ from collections.abc import Callable
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import UnsupportedImage
 from nbdsrv.export.grammar import Source
+from nbdsrv.repository.native.spans import SpanStore
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.passphrase import passphrase_of
 from nbdsrv.repository.repository import Repository
 from nbdsrv.store.opening import open_store
 
-__all__ = ["NATIVE", "open_repository", "open_vault"]
+__all__ = ["NATIVE", "is_repository", "open_keyless", "open_repository", "open_vault"]
 
 NATIVE = frozenset({"repo", "repo+s3"})
+
+
+def is_repository(text: str) -> bool:
+    """Does a TARGET name a repository of ours?"""
+    scheme, colon, _ = text.partition(":")
+    return bool(colon) and scheme in NATIVE
 
 
 def open_vault(source: Source, passphrase: Callable[[], str] = passphrase_of) -> Vault:
@@ -25,8 +32,26 @@ def open_vault(source: Source, passphrase: Callable[[], str] = passphrase_of) ->
     if source.scheme not in NATIVE:
         raise UnsupportedImage(f"{source.text}: only nbdsrv's own repositories can be used so")
     store = open_store(source.scheme, source.location)
+    if store.distant:
+        store = SpanStore(store)
     try:
         return Vault.open(store, passphrase)
+    except BaseException:
+        store.close()
+        raise
+
+
+def open_keyless(source: Source) -> Vault:
+    """A native repository without its key: its objects can be hashed, and nothing be read.
+
+    Raises:
+        ConfigError, DiskError: as ``open_vault``.
+    """
+    if source.scheme not in NATIVE:
+        raise UnsupportedImage(f"{source.text}: only nbdsrv's own repositories can be used so")
+    store = open_store(source.scheme, source.location)
+    try:
+        return Vault.open_keyless(store)
     except BaseException:
         store.close()
         raise

@@ -96,6 +96,14 @@ class Repository(ABC):
             DiskError: the repository cannot be read.
         """
 
+    async def groups(self) -> Sequence[str]:
+        """The names of all groups that have points, sorted.
+
+        Raises:
+            DiskError: the repository cannot be read.
+        """
+        return sorted({point.group for point in await self.points()})
+
     @abstractmethod
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a point, read-only.

@@ -18,8 +18,16 @@ from typing import Any
 from construct import Construct, ConstructError, Int16ub, Int32ub
 
 from protocol import structs
-from protocol.constants import MAX_STRING, Info, Option, Reply, TransmissionFlag
+from protocol.constants import (
+    MAX_STRING,
+    OPTION_REPLY_MAGIC,
+    Info,
+    Option,
+    Reply,
+    TransmissionFlag,
+)
 from protocol.errors import ProtocolError
+from protocol.headers import SERVER_REPLY
 from protocol.terms import BlockSizes
 
 __all__ = [
@@ -135,14 +143,10 @@ def truncate_text(text: str, room: int = MAX_STRING) -> bytes:
 
 def server_reply(name: str, description: str) -> bytes:
     """One NBD_REP_SERVER of a listing."""
-    encoded = name.encode()
-    data: bytes = structs.ServerReply.build(
-        {
-            "name": {"length": len(encoded), "data": encoded},
-            "description": truncate_text(description),
-        }
-    )
-    return option_reply(Option.LIST, Reply.SERVER, data)
+    encoded, text = name.encode(), truncate_text(description)
+    length = 4 + len(encoded) + len(text)
+    head = SERVER_REPLY.pack(OPTION_REPLY_MAGIC, Option.LIST, Reply.SERVER, length, len(encoded))
+    return head + encoded + text
 
 
 def meta_context_reply(option: int, context_id: int, name: str) -> bytes:

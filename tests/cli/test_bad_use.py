@@ -91,8 +91,6 @@ def test_a_chain_whose_parent_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "repo:/r",
-        "repo+s3://bucket/p#vm/sda@latest",
         "xo:/r",
         "pbs:/r",
         "restic:/r",

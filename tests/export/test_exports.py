@@ -148,28 +148,28 @@ async def never() -> Disk:
     raise AssertionError("only names are looked at here")
 
 
-def test_a_lone_export_is_the_default_one() -> None:
+async def test_a_lone_export_is_the_default_one() -> None:
     only = Export("disk", never)
-    assert catalogue(only).find("") is only
-    assert catalogue(only).find("disk") is only
-    assert catalogue(only).find("Disk") is None
+    assert await catalogue(only).find("") is only
+    assert await catalogue(only).find("disk") is only
+    assert await catalogue(only).find("Disk") is None
 
 
-def test_with_several_the_default_is_only_the_one_called_so() -> None:
+async def test_with_several_the_default_is_only_the_one_called_so() -> None:
     one, two, unnamed = Export("one", never), Export("two", never), Export("", never)
-    assert catalogue(one, two).find("") is None
-    assert catalogue(one, unnamed).find("") is unnamed
-    assert catalogue(one, two).find("two") is two
+    assert await catalogue(one, two).find("") is None
+    assert await catalogue(one, unnamed).find("") is unnamed
+    assert await catalogue(one, two).find("two") is two
 
 
 def names(listed: Sequence[tuple[str, str]]) -> list[str]:
     return [name for name, _ in listed]
 
 
-def test_exports_for_tls_only_are_not_shown_in_plain_text() -> None:
+async def test_exports_for_tls_only_are_not_shown_in_plain_text() -> None:
     exports = catalogue(Export("open", never, "text"), Export("secret", never, tls_only=True))
-    assert list(exports.listed(secure=False)) == [("open", "text")]
-    assert names(list(exports.listed(secure=True))) == ["open", "secret"]
+    assert await exports.listed(secure=False) == [("open", "text")]
+    assert names(await exports.listed(secure=True)) == ["open", "secret"]
 
 
 def test_names_that_cannot_be() -> None:

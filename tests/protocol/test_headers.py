@@ -8,6 +8,7 @@
     headers.SIMPLE_WORDS       SIMPLE_OK cookie                       structs.SimpleReply, no error
     headers.STRUCTURED_HEADER  key cookie length                      structs.StructuredChunk
     headers.EXTENDED_HEADER    key cookie offset length               structs.ExtendedChunk
+    headers.SERVER_REPLY       magic option reply length name-length  OptionReplyHeader, ServerReply
     headers.STRUCTURED_DATA    key cookie length data-offset          StructuredChunk, OffsetData
     headers.EXTENDED_DATA      key cookie offset length data-offset   ExtendedChunk, OffsetData
 """
@@ -21,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import headers, structs
-from protocol.constants import Command, CommandFlag, ReplyFlag, ReplyType
+from protocol.constants import Command, CommandFlag, Option, Reply, ReplyFlag, ReplyType
+from protocol.handshake.options import server_reply
 
 U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -144,3 +146,13 @@ def test_only_the_right_magic_makes_a_key(kind: int, flags: int, magic: int) -> 
     key = magic << 32 | flags << 16 | kind
     plain = magic == 0x25609513 and not flags and kind == Command.READ
     assert plain == (key == headers.READ_KEY)
+
+
+@given(st.text(max_size=50), st.text(max_size=50))
+def test_server_reply(name: str, description: str) -> None:
+    encoded, text = name.encode(), description.encode()
+    data = structs.ServerReply.build(
+        {"name": {"length": len(encoded), "data": encoded}, "description": text}
+    )
+    head = {"option": Option.LIST, "reply": Reply.SERVER, "length": len(data)}
+    assert server_reply(name, description) == structs.OptionReplyHeader.build(head) + data

@@ -20,7 +20,9 @@ VERSION = 1
 DEFAULT_CHUNK = 256 << 10
 MIN_CHUNK, MAX_CHUNK = 64 << 10, 4 << 20
 DEFAULT_PAGE_SLOTS = 512
+MIN_PAGE_SLOTS, MAX_PAGE_SLOTS = 16, 4096
 DEFAULT_PACK = 32 << 20
+MIN_PACK, MAX_PACK = 1 << 20, 128 << 20
 
 
 class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -41,8 +43,10 @@ class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     hash: str = HASHES[0]
     cipher: str | None = None
     chunk_size: Annotated[int, msgspec.Meta(ge=MIN_CHUNK, le=MAX_CHUNK)] = DEFAULT_CHUNK
-    page_slots: Annotated[int, msgspec.Meta(ge=16, le=4096)] = DEFAULT_PAGE_SLOTS
-    pack_target: Annotated[int, msgspec.Meta(ge=1 << 20, le=128 << 20)] = DEFAULT_PACK
+    page_slots: Annotated[int, msgspec.Meta(ge=MIN_PAGE_SLOTS, le=MAX_PAGE_SLOTS)] = (
+        DEFAULT_PAGE_SLOTS
+    )
+    pack_target: Annotated[int, msgspec.Meta(ge=MIN_PACK, le=MAX_PACK)] = DEFAULT_PACK
 
     def encode(self) -> bytes:
         """As it is stored: one line of JSON."""
@@ -57,7 +61,7 @@ class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         """
         try:
             head = msgspec.json.decode(data, type=_Head)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             raise RepositoryError(f"{where}: no nbdsrv repository ({error})") from error
         if head.format != FORMAT:
             raise RepositoryError(f"{where}: a repository of format {head.format!r}, not {FORMAT}")
@@ -67,7 +71,7 @@ class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         try:
             config = msgspec.json.decode(data, type=cls)
             config.check()
-        except (msgspec.MsgspecError, ConfigError) as error:
+        except (msgspec.MsgspecError, UnicodeError, ConfigError) as error:
             raise RepositoryError(f"{where} is damaged: {error}; restore it from a copy") from error
         return config
 
@@ -77,6 +81,10 @@ class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             raise ConfigError("a chunk's size is a power of two")
         if not MIN_CHUNK <= self.chunk_size <= MAX_CHUNK:
             raise ConfigError(f"a chunk has {MIN_CHUNK >> 10} KiB to {MAX_CHUNK >> 20} MiB")
+        if not MIN_PAGE_SLOTS <= self.page_slots <= MAX_PAGE_SLOTS:
+            raise ConfigError(f"a page has {MIN_PAGE_SLOTS} to {MAX_PAGE_SLOTS} slots")
+        if not MIN_PACK <= self.pack_target <= MAX_PACK:
+            raise ConfigError(f"a pack has {MIN_PACK >> 20} to {MAX_PACK >> 20} MiB")
         if self.hash not in HASHES:
             raise ConfigError(f"hash {self.hash!r} is not one of {', '.join(HASHES)}")
         if self.cipher not in {None, CIPHER}:

@@ -3,24 +3,26 @@
 ::
 
     place ── store.get_range ── open_entry ──> content
-                │  missing, changed
+                │  missing, changed, EIO
                 └── the index: other packs that have it ──> content, or CorruptImage
 
 A place in a map is a hint. A pack that was repacked, or damaged, may have left the same content in
-another, and only if no pack has it is it lost.
+another, and only if no pack has it is it lost. A pack that is short or has a bad sector (EIO) is
+damaged like any other; a store that does not answer is not.
 """
 
+import errno as os_errno
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place, open_entry
+from nbdsrv.repository.native.entry import ENTRY_SIZE, MAX_CONTENT, Kind, Place, open_entry
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.layout import meta_key, pack_key
-from nbdsrv.repository.native.pack import HEADER_SIZE, parse_header
-from nbdsrv.repository.native.sealing import BrokenPayload, Seal, Sealing
-from nbdsrv.store.store import Data, ObjectMissing, Store
+from nbdsrv.repository.native.pack import HEADER_SIZE, MAX_PACK, parse_header
+from nbdsrv.repository.native.sealing import TAG_SIZE, BrokenPayload, Seal, Sealing
+from nbdsrv.store.store import Data, ObjectMissing, Store, StoreError
 
 __all__ = ["Entries", "key_of"]
 
@@ -38,7 +40,8 @@ class Entries:
 
     Attributes:
         elsewhere: id to all places where it may lie; asked when the first place fails.
-        on_damage: told of each entry that was not what it must be, once it is found out.
+        on_damage: told of each entry that was not what it must be, once it is found out. A pack
+            that is gone is damage only if what was in it is nowhere else: repacking moves things.
     """
 
     def __init__(self, store: Store, repository: bytes, sealing: Sealing, hashing: Hashing) -> None:
@@ -61,19 +64,25 @@ class Entries:
         """
         try:
             return self.read_there(kind, id_, place)
-        except (ObjectMissing, CorruptImage) as error:
-            self.on_damage(error)
+        except DiskError as error:
+            if not _is_local(error):
+                raise
+            if not isinstance(error, ObjectMissing):
+                self.on_damage(error)
             for other in self.elsewhere(id_):
                 if other[:2] == place[:2]:
                     continue
                 try:
                     return self.read_there(kind, id_, other)
-                except (ObjectMissing, CorruptImage):
-                    continue
-            if isinstance(error, CorruptImage):
+                except DiskError as again:
+                    if not _is_local(again):
+                        raise
+            if not isinstance(error, ObjectMissing):
                 raise
             text = f"corrupt repository: {key_of(kind, place.pack)} is missing"
-            raise CorruptImage(f"{text}; `nbdsrv verify` tells what it hurts") from error
+            lost = CorruptImage(f"{text}; `nbdsrv verify` tells what it hurts")
+            self.on_damage(lost)
+            raise lost from error
 
     def read_there(self, kind: Kind, id_: bytes, place: Place) -> Data:
         """The content of that id from that very place.
@@ -84,11 +93,20 @@ class Entries:
             StoreError: the store does not answer.
         """
         key = key_of(kind, place.pack)
+        if not (
+            HEADER_SIZE <= place.offset < MAX_PACK and 0 <= place.length <= MAX_CONTENT + TAG_SIZE
+        ):
+            # From a record of an index, say: nothing is allocated for it.
+            text = f"corrupt repository: {key} at {place.offset}: no entry can be there"
+            raise CorruptImage(text)
         data = self._store.get_range(key, place.offset, ENTRY_SIZE + place.length)
         try:
             seal = self._plain or self._seal(key)
             return open_entry(seal, self._hashing, id_, kind, data)
         except BrokenPayload as error:
+            with self._lock:
+                # What failed may be the salt: the next read looks at the pack's header again.
+                self._seals.pop(key, None)
             text = f"corrupt repository: {key} at {place.offset}: {error}"
             raise CorruptImage(text) from error
 
@@ -103,3 +121,10 @@ class Entries:
             while len(self._seals) > MAX_SEALS:
                 self._seals.popitem(last=False)
         return seal
+
+
+def _is_local(error: DiskError) -> bool:
+    """Is it about this one pack, so that another may be asked?"""
+    if isinstance(error, StoreError):
+        return isinstance(error, ObjectMissing) or error.errno == os_errno.EIO
+    return isinstance(error, CorruptImage)

@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "Place",
     "enclose",
+    "entry_body",
     "open_entry",
     "parse_entry",
 ]
@@ -97,6 +98,30 @@ def parse_entry(data: Data, at: int = 0) -> Entry | None:
     return Entry(codec, kind, ulen, clen, id_, number)
 
 
+def entry_body(seal: Seal, id_: bytes, kind: Kind, data: Data) -> tuple[Entry, Data]:
+    """Header and body of an entry, decrypted and still encoded: what another pack can take.
+
+    Args:
+        seal: of its pack.
+        id_: what it must be.
+        kind: likewise.
+        data: the entry from its header to the end of its payload.
+
+    Raises:
+        BrokenPayload: it is not. What the body holds is not proven yet.
+    """
+    view = memoryview(data)
+    entry = parse_entry(view)
+    if entry is None:
+        raise BrokenPayload("no entry begins there")
+    if entry.id != id_ or entry.kind != kind:
+        raise BrokenPayload("another entry lies there")
+    payload = view[ENTRY_SIZE:]
+    if entry.clen != len(payload):
+        raise BrokenPayload(f"the entry has {entry.clen} bytes, not {len(payload)}")
+    return entry, seal.open(entry.number, bytes(view[: _HEAD.size]), payload)
+
+
 def open_entry(seal: Seal, hashing: Hashing, id_: bytes, kind: Kind, data: Data) -> Data:
     """The content of an entry, proven to be what ``id_`` names.
 
@@ -110,16 +135,7 @@ def open_entry(seal: Seal, hashing: Hashing, id_: bytes, kind: Kind, data: Data)
     Raises:
         BrokenPayload: it is not.
     """
-    view = memoryview(data)
-    entry = parse_entry(view)
-    if entry is None:
-        raise BrokenPayload("no entry begins there")
-    if entry.id != id_ or entry.kind != kind:
-        raise BrokenPayload("another entry lies there")
-    payload = view[ENTRY_SIZE:]
-    if entry.clen != len(payload):
-        raise BrokenPayload(f"the entry has {entry.clen} bytes, not {len(payload)}")
-    body = seal.open(entry.number, bytes(view[: _HEAD.size]), payload)
+    entry, body = entry_body(seal, id_, kind, data)
     content = expand(entry.codec, body, entry.ulen)
     if hashing.id_of(content) != id_:
         raise BrokenPayload("its content is not what its id says")

@@ -12,6 +12,7 @@ nothing anew.
 """
 
 import base64
+import errno as os_errno
 import os
 import time
 
@@ -23,14 +24,14 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from nbdsrv.errors import ConfigError, RepositoryError
 from nbdsrv.repository.native.layout import KEYS, new_ulid
 from nbdsrv.repository.native.sealing import KEY_SIZE
-from nbdsrv.store.store import ObjectMissing, Store
+from nbdsrv.store.store import ObjectMissing, Store, StoreError
 
-__all__ = ["KeySlot", "add_slot", "create_master", "remove_slot", "slots", "unlock"]
+__all__ = ["MAX_SLOTS", "KeySlot", "add_slot", "open_slot", "remove_slot", "slots", "unlock"]
 
 PASSES, MEMORY_KIB, LANES = 3, 64 << 10, 4
 """A fifth of a second: what a guess costs."""
-MOST_PASSES, MOST_MEMORY_KIB, MOST_LANES = 64, 4 << 20, 64
-"""A slot that asks for more is not ours."""
+MOST_PASSES, MOST_MEMORY_KIB, MOST_LANES = 64, 1 << 20, 64
+"""A slot that asks for more is not ours: whoever keeps the objects could ask for all our memory."""
 MAX_SLOT = 1 << 16
 MAX_SLOTS = 64
 
@@ -55,13 +56,6 @@ class KeySlot(msgspec.Struct, frozen=True, kw_only=True):
     created: float = 0
 
 
-def create_master(store: Store, config: bytes, passphrase: str, label: str = "") -> bytes:
-    """A new master key, and the first slot for it."""
-    master = os.urandom(KEY_SIZE)
-    add_slot(store, config, master, passphrase, label)
-    return master
-
-
 def add_slot(store: Store, config: bytes, master: bytes, passphrase: str, label: str = "") -> str:
     """Let another passphrase open the repository.
 
@@ -69,11 +63,13 @@ def add_slot(store: Store, config: bytes, master: bytes, passphrase: str, label:
         The slot's name.
 
     Raises:
-        ConfigError: an empty passphrase.
+        ConfigError: an empty passphrase, or there are ``MAX_SLOTS`` already.
         StoreError: it cannot be written.
     """
     if not passphrase:
         raise ConfigError("an empty passphrase protects nothing; set NBDSRV_PASSPHRASE")
+    if len(slots(store)) >= MAX_SLOTS:
+        raise ConfigError(f"{store.name}: has {MAX_SLOTS} key slots; remove one first")
     salt, nonce = os.urandom(16), os.urandom(12)
     slot = KeySlot(
         salt=_text(salt), nonce=_text(nonce), wrapped="", label=label, created=time.time()
@@ -91,6 +87,15 @@ def unlock(store: Store, config: bytes, passphrase: str) -> bytes:
     Raises:
         RepositoryError: no slot opens with this passphrase.
     """
+    return open_slot(store, config, passphrase)[1]
+
+
+def open_slot(store: Store, config: bytes, passphrase: str) -> tuple[str, bytes]:
+    """The name of the slot that opens with this passphrase, and the master key.
+
+    Raises:
+        RepositoryError: none does.
+    """
     names = []
     for name, slot in slots(store).items():
         names.append(name)
@@ -98,7 +103,10 @@ def unlock(store: Store, config: bytes, passphrase: str) -> bytes:
             continue
         try:
             key = _derive(slot, passphrase)
-            return AESGCM(key).decrypt(_bytes(slot.nonce), _bytes(slot.wrapped), config)
+            return name, AESGCM(key).decrypt(_bytes(slot.nonce), _bytes(slot.wrapped), config)
+        except MemoryError as error:
+            text = f"{store.name}: key slot {name} takes {slot.memory_kib} KiB of memory"
+            raise RepositoryError(f"{text}, which there is not") from error
         except (InvalidTag, ValueError):
             continue
     if not names:
@@ -118,7 +126,12 @@ def slots(store: Store) -> dict[str, KeySlot | None]:
             slot = msgspec.json.decode(store.get(stored.key, MAX_SLOT), type=KeySlot)
         except ObjectMissing:
             continue
-        except msgspec.MsgspecError:
+        except StoreError as error:
+            if error.errno != os_errno.EFBIG:
+                raise
+            found[name] = None
+            continue
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
             found[name] = None
             continue
         found[name] = slot if _is_sane(slot) else None
@@ -157,7 +170,7 @@ def _derive(slot: KeySlot, passphrase: str) -> bytes:
         lanes=slot.lanes,
         memory_cost=slot.memory_kib,
     )
-    return kdf.derive(passphrase.encode())
+    return kdf.derive(passphrase.encode("utf-8", "surrogateescape"))
 
 
 def _text(data: bytes) -> str:

@@ -56,6 +56,7 @@ MAX_GROUP = 200
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+_PACK = re.compile(r"[0-9a-f]{64}\.pk")
 
 
 class _Clock:
@@ -110,12 +111,11 @@ def meta_key(name: bytes) -> str:
 def pack_of(key: str) -> bytes | None:
     """The hash in the name of a pack or meta pack; None for anything else."""
     name = key.rpartition("/")[2]
-    if not name.endswith(".pk") or len(name) != 67:
+    if _PACK.fullmatch(name) is None:
         return None
-    try:
-        return bytes.fromhex(name[:64])
-    except ValueError:
-        return None
+    pack = bytes.fromhex(name[:64])
+    # The same bytes under another key are a file somebody put there: not what a reader would open.
+    return pack if key in {pack_key(pack), meta_key(pack)} else None
 
 
 def index_key(ulid: str) -> str:
@@ -143,8 +143,17 @@ def point_key(group: str, ulid: str) -> str:
 
 
 def group_of(key: str) -> str | None:
-    """The group a point's key names; None if it is no point's key."""
+    """The group a point's key names; None if it is no point's key.
+
+    A key that ``point_key`` would not make is none: what reads like a second copy of a point must
+    not be counted, pruned or shown as one.
+    """
     parts = key.split("/")
-    if len(parts) != 3 or not parts[2].endswith(".pt") or ulid_of(key) is None:
+    ulid = ulid_of(key)
+    if len(parts) != 3 or ulid is None:
         return None
-    return unquote(parts[1])
+    group = unquote(parts[1])
+    try:
+        return group if key == point_key(group, ulid) else None
+    except ValueError:
+        return None

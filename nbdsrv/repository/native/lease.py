@@ -7,13 +7,14 @@
 
 Either the writer sees the tombstone and uses nothing in it, or the collector sees the lease and
 waits. All ages are told by the store's clock: of two objects' modification times the difference is
-taken, never this host's time.
+taken, never this host's time. So it is with whether a lease has lapsed: a host that was suspended,
+or a VM that was paused, does not notice that its own clock stood still.
 """
 
+import errno as os_errno
 import os
 import socket
 import threading
-import time
 from typing import Self
 
 import msgspec
@@ -22,7 +23,16 @@ from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.native.layout import LEASES, new_ulid
 from nbdsrv.store.store import ObjectMissing, Store, StoreError
 
-__all__ = ["LAPSE_S", "REFRESH_S", "STALE_S", "Lease", "LeaseRecord", "live_leases", "store_time"]
+__all__ = [
+    "LAPSE_S",
+    "REFRESH_S",
+    "STALE_S",
+    "Lease",
+    "LeaseRecord",
+    "forget_stale",
+    "live_leases",
+    "store_time",
+]
 
 REFRESH_S = 300.0
 """Seconds between two refreshes."""
@@ -31,7 +41,8 @@ LAPSE_S = 3600.0
 STALE_S = 24 * 3600.0
 """Seconds without one after which a collector takes its holder for dead; between the two lies the
 longest time a commit may hang."""
-MAX_LEASE = 1 << 16
+MAX_LEASE = 1 << 20
+"""Bytes: some thousand points that a server has open."""
 
 
 class LeaseRecord(msgspec.Struct, kw_only=True):
@@ -67,8 +78,11 @@ class Lease:
         )
         self._store = store
         self._key = f"{LEASES}{self.name}.json"
-        self._refreshed = 0.0
+        self._lock = threading.Lock()
+        self._seen = 0.0
+        self._lapsed = False
         self._stop = threading.Event()
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._refresh_on, name="nbdsrv-lease", daemon=True)
 
     def __enter__(self) -> Self:
@@ -84,22 +98,36 @@ class Lease:
         Raises:
             StoreError: it cannot be put.
         """
-        began = time.monotonic()
-        self._store.put(self._key, msgspec.json.encode(self.record))
-        self.record.opened = store_time(self._store, self._key)
-        self._store.put(self._key, msgspec.json.encode(self.record))
-        self._refreshed = began
+        try:
+            self._store.put(self._key, msgspec.json.encode(self.record))
+            self._seen = self.record.opened = store_time(self._store, self._key)
+            self._store.put(self._key, msgspec.json.encode(self.record))
+        except StoreError:
+            self.release()  # or it would hold up collectors for a day
+            raise
         self._thread.start()
 
     def refresh(self) -> None:
-        """Put it again."""
-        began = time.monotonic()
-        self._store.put(self._key, msgspec.json.encode(self.record))
-        self._refreshed = began
+        """Put it again, and note whether it has lapsed before that.
+
+        Raises:
+            StoreError: it cannot be put, or seen.
+        """
+        with self._lock:
+            self._store.put(self._key, msgspec.json.encode(self.record))
+            now = store_time(self._store, self._key)
+            self._lapsed = self._lapsed or now - self._seen > LAPSE_S
+            self._seen = now
 
     def check(self) -> None:
-        """Raises RepositoryError if it has lapsed: a collector may have taken us for dead."""
-        if time.monotonic() - self._refreshed > LAPSE_S:
+        """Refresh it a last time before a commit.
+
+        Raises:
+            RepositoryError: it has lapsed: a collector may have taken us for dead.
+            StoreError: it cannot be refreshed.
+        """
+        self.refresh()
+        if self._lapsed:
             text = f"{self._store.name}: the lease of this backup could not be refreshed for"
             raise RepositoryError(f"{text} {LAPSE_S / 60:.0f} minutes; nothing is committed, retry")
 
@@ -118,7 +146,7 @@ class Lease:
             try:
                 self.refresh()
             except StoreError:
-                continue  # ``check`` tells when it has been too long
+                continue  # the next one that works tells whether it has been too long
 
 
 def store_time(store: Store, key: str) -> float:
@@ -148,6 +176,17 @@ def live_leases(store: Store, now: float) -> list[LeaseRecord]:
             found.append(msgspec.json.decode(data, type=LeaseRecord))
         except ObjectMissing:
             continue
-        except msgspec.MsgspecError:
+        except StoreError as error:
+            if error.errno != os_errno.EFBIG:
+                raise
+            found.append(LeaseRecord(holder="writer"))
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
             found.append(LeaseRecord(holder="writer"))
     return found
+
+
+def forget_stale(store: Store, now: float) -> None:
+    """Delete those that are stale, which nobody looks at; ``now`` by the store's clock."""
+    for stored in store.list(LEASES):
+        if now - stored.modified > STALE_S:
+            store.delete(stored.key)

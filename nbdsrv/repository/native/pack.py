@@ -18,7 +18,14 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place, enclose, parse_entry
+from nbdsrv.repository.native.entry import (
+    ENTRY_SIZE,
+    MAX_CONTENT,
+    Kind,
+    Place,
+    enclose,
+    parse_entry,
+)
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.sealing import BrokenPayload, Codec, Sealing
 from nbdsrv.store.store import Data
@@ -26,6 +33,7 @@ from nbdsrv.store.store import Data
 __all__ = [
     "HEADER_SIZE",
     "MAX_PACK",
+    "RECORD_SIZE",
     "TRAILER_SIZE",
     "Listed",
     "Pack",
@@ -44,6 +52,7 @@ _RECORD = struct.Struct("<32sIIIBBH")
 _TRAILER = struct.Struct("<III4x8s")
 HEADER_SIZE = _HEADER.size
 TRAILER_SIZE = _TRAILER.size
+RECORD_SIZE = _RECORD.size
 SALT_SIZE = 32
 MAX_PACK = 256 << 20
 """Bytes of a pack at most, eight times the usual: one is held in memory when it is checked."""
@@ -103,7 +112,13 @@ class Pack:
         self.name = b""
 
     def add(self, kind: Kind, codec: Codec, ulen: int, id_: bytes, body: Data) -> Listed:
-        """Append an entry; ``body`` is encoded already."""
+        """Append an entry; ``body`` is encoded already.
+
+        Raises:
+            ValueError: ``ulen`` is more than any reader would take.
+        """
+        if ulen > MAX_CONTENT:
+            raise ValueError(f"an entry of {ulen} bytes; {MAX_CONTENT} is the most")
         header, payload = enclose(self._seal, len(self.listed), kind, codec, ulen, id_, body)
         row = Listed(id_, self.size, len(payload), ulen, int(codec), int(kind))
         self._data += header
@@ -149,9 +164,14 @@ def parse_trailer(data: Data, size: int) -> tuple[int, int]:
     Raises:
         BrokenPayload: the pack does not end as packs do.
     """
+    if len(data) < TRAILER_SIZE:
+        raise BrokenPayload("it is shorter than a pack's trailer")
+    if size > MAX_PACK:
+        raise BrokenPayload(f"it has {size} bytes, more than a pack may have")
     count, length, _, end = _TRAILER.unpack_from(data, len(data) - TRAILER_SIZE)
     room = size - HEADER_SIZE - TRAILER_SIZE
-    if end != END or length != count * _RECORD.size or length > room:
+    # Each row stands for an entry, which takes more room than its row.
+    if end != END or length != count * _RECORD.size or length + count * ENTRY_SIZE > room:
         raise BrokenPayload("it does not end like a pack")
     return size - TRAILER_SIZE - length, length
 
@@ -167,10 +187,18 @@ def parse_directory(data: Data, offset: int) -> list[Listed]:
     if zlib.crc32(rows) != crc or len(rows) % _RECORD.size:
         raise BrokenPayload("its directory is damaged")
     found = [Listed(*fields[:6]) for fields in _RECORD.iter_unpack(rows)]
-    for row in found:
-        if row.offset < HEADER_SIZE or row.offset + ENTRY_SIZE + row.clen > offset:
-            raise BrokenPayload("its directory names bytes that are not there")
+    end = HEADER_SIZE
+    for row in sorted(found, key=_offset_of):
+        if row.offset < end or row.ulen > MAX_CONTENT:
+            raise BrokenPayload("its directory names entries that cannot be")
+        end = row.offset + ENTRY_SIZE + row.clen
+    if end > offset:
+        raise BrokenPayload("its directory names bytes that are not there")
     return found
+
+
+def _offset_of(row: Listed) -> int:
+    return row.offset
 
 
 def scan(data: Data) -> Iterator[Listed]:

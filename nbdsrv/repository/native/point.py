@@ -10,14 +10,17 @@
 Everything it names is durable before it is put.
 """
 
+import re
+
 import msgspec
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.repository.native.entry import Kind, Place, open_entry
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place, open_entry
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.layout import group_of, ulid_of
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
+    MAX_PACK,
     Pack,
     PackKind,
     parse_directory,
@@ -25,11 +28,15 @@ from nbdsrv.repository.native.pack import (
     parse_trailer,
 )
 from nbdsrv.repository.native.sealing import BrokenPayload, Sealing, compress
+from nbdsrv.repository.native.slots import MAX_SIZE
 
 __all__ = ["DiskRecord", "PointRecord", "Ref", "decode_point", "encode_point"]
 
 MAX_POINT = 16 << 20
 """Bytes of a point's object: a thousand disks with configurations of their VM."""
+LATEST = 253_402_300_800
+"""Seconds since 1970 of the year 10000, which no calendar of ours can tell."""
+_HEX_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Ref(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +70,8 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
         image_id: equal for equal disks, hex; see ``slots.Root.image_id``.
         mode: ``full``, ``incremental`` or ``scan``.
         reason: why that mode.
-        cbt: what told the changes since the parent, and under which identity; None in other modes.
+        cbt: who can tell what changes from here on, and from which state: ``kind`` and ``id``;
+            None if nobody can.
         read_bytes: that were read from the source.
         new_bytes: that were stored, compressed.
         zero_bytes: that are zeroes.
@@ -154,7 +162,27 @@ def decode_point(
         # A point moved to another name would hide the one that stood there.
         if (record.group, record.id) != (group_of(key), ulid_of(key)):
             raise BrokenPayload(f"it is the point {record.id} of {record.group!r}")
-        _ = [disk.root.place for disk in record.disks]
+        _check(record)
+    except RecursionError as error:
+        raise CorruptImage(f"corrupt repository: {key}: nested too deeply") from error
     except (BrokenPayload, msgspec.MsgspecError, ValueError) as error:
         raise CorruptImage(f"corrupt repository: {key}: {error}") from error
     return record
+
+
+def _check(record: PointRecord) -> None:
+    """What it says must be possible, whoever wrote it."""
+    if not 0 <= record.created < LATEST:
+        raise BrokenPayload("it was made at no time")
+    if len({disk.name for disk in record.disks}) != len(record.disks):
+        raise BrokenPayload("two of its disks have the same name")
+    for disk in record.disks:
+        root = disk.root
+        if not 0 <= disk.size <= MAX_SIZE:
+            raise BrokenPayload(f"a disk of {disk.size} bytes")
+        if _HEX_ID.fullmatch(root.id) is None or _HEX_ID.fullmatch(root.pack) is None:
+            raise BrokenPayload("the map of a disk has no name")
+        if root.offset < HEADER_SIZE or root.length < 0:
+            raise BrokenPayload("the map of a disk lies nowhere")
+        if root.offset + ENTRY_SIZE + root.length > MAX_PACK:
+            raise BrokenPayload("the map of a disk lies beyond any pack's end")

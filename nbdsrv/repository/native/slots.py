@@ -26,7 +26,15 @@ from nbdsrv.repository.native.pack import HEADER_SIZE, MAX_PACK
 from nbdsrv.repository.native.sealing import BrokenPayload, Codec
 from nbdsrv.store.store import Data
 
-__all__ = ["MAX_PAGE_SLOTS", "MAX_SIZE", "SLOT", "SLOT_SIZE", "Page", "Root", "encode_page"]
+__all__ = [
+    "MAX_PAGE_SLOTS",
+    "MAX_SIZE",
+    "SLOT",
+    "SLOT_SIZE",
+    "Page",
+    "Root",
+    "encode_page",
+]
 
 SLOT = struct.Struct("<32sIIIBxxx")
 SLOT_SIZE = SLOT.size

@@ -10,7 +10,10 @@
 ``NativeRepository`` is this for an event loop.
 """
 
+import errno as os_errno
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -20,7 +23,7 @@ from nbdsrv.repository.native.entries import Entries
 from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID, Hashing
 from nbdsrv.repository.native.index import MAX_SEGMENT, Index, Segment
-from nbdsrv.repository.native.keys import create_master, unlock
+from nbdsrv.repository.native.keys import add_slot, unlock
 from nbdsrv.repository.native.layout import (
     CONFIG,
     INDEX,
@@ -39,7 +42,7 @@ from nbdsrv.repository.native.pack import (
     parse_trailer,
 )
 from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref, decode_point
-from nbdsrv.repository.native.sealing import BrokenPayload, Sealing
+from nbdsrv.repository.native.sealing import KEY_SIZE, BrokenPayload, Sealing
 from nbdsrv.repository.native.slots import SLOT_SIZE, Page, Root
 from nbdsrv.store.store import Data, ObjectMissing, Store, Stored, StoreError
 
@@ -49,6 +52,13 @@ Passphrase = Callable[[], str]
 """Asked only for a repository that is encrypted. Raises ConfigError if there is none."""
 
 MAX_CONFIG = 1 << 16
+RELIST_S = 1.0
+"""Seconds an index is believed when it does not know where something lies now; then its segments
+are listed again, for somebody may have repacked or stored anew what is sought."""
+RELISTS = 4
+"""Times an index is loaded, at most, because segments were replaced meanwhile."""
+_DAMAGED = frozenset({os_errno.EIO, os_errno.EFBIG})
+"""Of a StoreError about one object: it is short, in a bad sector, or longer than it may be."""
 
 T = TypeVar("T")
 
@@ -77,6 +87,8 @@ class Vault:
         self.entries = Entries(store, self.repository, self.sealing, self.hashing)
         self.entries.elsewhere = self._elsewhere
         self._index: Index | None = None
+        self._listed = 0.0
+        self._segments: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     @classmethod
@@ -95,11 +107,17 @@ class Vault:
             pass
         else:
             raise RepositoryError(f"{store.name}: there is a repository already")
-        master = None
+        master, slot = None, None
         if config.cipher is not None:
             # The key goes first: a repository that is there can be unlocked.
-            master = create_master(store, data, passphrase())
+            master = os.urandom(KEY_SIZE)
+            slot = add_slot(store, data, master, passphrase())
+        elif next(store.list(KEYS), None) is not None:
+            text = f"{store.name}: {KEYS} holds keys that are left of another repository"
+            raise RepositoryError(f"{text}; choose another place, or remove them")
         if not store.put_new(CONFIG, data):
+            if slot is not None:
+                store.delete(f"{KEYS}{slot}.json")
             raise RepositoryError(f"{store.name}: somebody else has just made a repository there")
         return cls(store, config, master)
 
@@ -125,6 +143,21 @@ class Vault:
             raise RepositoryError(f"{store.name}: has keys, and {CONFIG} says it is not encrypted")
         return cls(store, config, master)
 
+    @classmethod
+    def open_keyless(cls, store: Store) -> "Vault":
+        """Without the key of an encrypted repository: for who only hashes objects.
+
+        Raises:
+            RepositoryError: there is none, or it is of another version.
+            StoreError: the store does not answer.
+        """
+        try:
+            data = store.get(CONFIG, MAX_CONFIG)
+        except ObjectMissing as error:
+            text = f"{store.name}: no repository there"
+            raise RepositoryError(f"{text}; `nbdsrv init` makes one") from error
+        return cls(store, RepositoryConfig.parse(data, f"{store.name}/{CONFIG}"), None)
+
     # --- points --------------------------------------------------------------------------------
 
     def groups(self) -> list[str]:
@@ -144,7 +177,13 @@ class Vault:
             CorruptImage: it is damaged.
             ObjectMissing: it has been pruned.
         """
-        data = self.store.get(key, MAX_POINT)
+        try:
+            data = self.store.get(key, MAX_POINT)
+        except StoreError as error:
+            # One bad sector must not hide all the other points.
+            if error.errno in _DAMAGED:
+                raise CorruptImage(f"corrupt repository: {error}") from error
+            raise
         return decode_point(key, data, self.repository, self.sealing, self.hashing)
 
     def points(self, group: str | None = None) -> tuple[list[PointRecord], list[CorruptImage]]:
@@ -227,31 +266,72 @@ class Vault:
             return parse_directory(data, offset)
         except BrokenPayload as error:
             raise CorruptImage(f"corrupt repository: {stored.key}: {error}") from error
+        except StoreError as error:
+            if error.errno in _DAMAGED:
+                raise CorruptImage(f"corrupt repository: {error}") from error
+            raise
 
     def index(self, usable: set[bytes] | None = None) -> Index:
         """All segments of the index. Damaged ones are left out: an index is a cache."""
-        index = Index(usable)
+        for _ in range(RELISTS):
+            index, complete = self._load_index(usable)
+            if complete:
+                break
+        return index
+
+    def _load_index(self, usable: set[bytes] | None) -> tuple[Index, bool]:
+        """False: a collector has put one segment in the place of some while they were loaded."""
+        index, complete = Index(usable), True
         for stored in self.store.list(INDEX):
             if not stored.key.endswith(".ix"):
                 continue
             try:
                 data = self.store.get(stored.key, MAX_SEGMENT)
                 segment = Segment.parse(stored.key, data, self.repository, self.hashing)
-            except (ObjectMissing, CorruptImage):
+            except ObjectMissing:
+                complete = False
                 continue
+            except CorruptImage:
+                continue
+            except StoreError as error:
+                if error.errno in _DAMAGED:
+                    continue
+                raise
             index.add_segment(segment)
-        return index
+        return index, complete
 
     def _elsewhere(self, id_: bytes) -> Iterator[Place]:
-        """Where else the content of an id lies; the index is loaded for who needs it first."""
-        with self._lock:
-            if self._index is None:
+        """Where else the content of an id lies; the index is loaded for who needs it first.
+
+        A server runs for weeks while packs are repacked: where the index leads nowhere and there
+        are other segments by now, it is loaded anew.
+        """
+        tried: Index | None = None
+        for _ in range(2):
+            with self._lock:
                 try:
-                    self._index = self.index()
+                    index = self._index_after(tried)
                 except StoreError:
-                    return iter(())
-            index = self._index
-        return index.find_all(id_)
+                    return
+            if index is tried:
+                return
+            tried = index
+            yield from index.find_all(id_)
+
+    def _index_after(self, tried: Index | None) -> Index:
+        """A later one than was tried, if there is one. With the lock."""
+        index = self._index
+        if index is not None and index is not tried:
+            return index
+        now = time.monotonic()
+        if index is not None and now - self._listed < RELIST_S:
+            return index
+        self._listed = now
+        names = frozenset(stored.key for stored in self.store.list(INDEX))
+        if index is None or names != self._segments:
+            index, self._segments = self.index(), names
+            self._index = index
+        return index
 
     def close(self) -> None:
         """Close the store."""

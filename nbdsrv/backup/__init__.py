@@ -1,0 +1,1 @@
+"""Backing up: what is read, what is kept of it, and where it goes."""

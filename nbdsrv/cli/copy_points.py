@@ -1,0 +1,176 @@
+"""``nbdsrv copy repo:A#GROUP repo:B``: restore points into another repository."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import click
+import uvloop
+
+from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.words import human
+from nbdsrv.copying.progress import progress
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import ConfigError, CorruptImage, DiskError
+from nbdsrv.export.grammar import Source, parse_source
+from nbdsrv.repository.native.repository import NativeRepository
+from nbdsrv.repository.native.transfer import Transfer, Transferred
+from nbdsrv.repository.opening import NATIVE, open_vault
+from nbdsrv.repository.passphrase import passphrase_of
+from nbdsrv.repository.repository import Point
+from nbdsrv.repository.selector import LATEST, latest_with, scope_of
+
+__all__ = ["copy_points"]
+
+TARGET_VARIABLE = "NBDSRV_TARGET_PASSPHRASE"
+INCOMPLETE = 3
+"""Exit code when damaged points were left out."""
+
+
+def copy_points(source: str, target: str, *, as_json: bool, quiet: bool) -> None:
+    """Copy the points that SOURCE names, and print what has become of each."""
+    from_, to = _repository(source), _repository(target)
+    if to.selector:
+        raise ConfigError(f"{target}: points keep their names; leave out #{to.selector}")
+    began = time.monotonic()
+    done, damaged = uvloop.run(_interruptible(from_, to, quiet=quiet))
+    duration = round(time.monotonic() - began, 3)
+    if as_json:
+        facts = {
+            "source": source,
+            "target": target,
+            "points": [asdict(each) for each in done],
+            "damaged": damaged,
+            "duration_s": duration,
+        }
+        click.echo(json.dumps(facts))
+    elif not quiet:
+        for each in done:
+            click.echo(_line(each))
+    for text in damaged:
+        click.echo(f"nbdsrv: not copied: {text}", err=True)
+    if damaged:
+        sys.exit(INCOMPLETE)
+
+
+def _repository(text: str) -> Source:
+    source = parse_source(text)
+    if source.scheme not in NATIVE or source.partition is not None:
+        raise ConfigError(
+            f"{text}: copy takes whole points from one repository to another;"
+            " `nbdsrv backup` makes a point of a disk"
+        )
+    return source
+
+
+def _line(done: Transferred) -> str:
+    name = f"{done.group}@{done.id}"
+    if not done.copied:
+        return f"{name}: is there already"
+    return (
+        f"{name}: {human(done.size)}, {human(done.read_bytes)} of it read,"
+        f" {human(done.new_bytes)} stored"
+    )
+
+
+def _target_passphrase() -> str:
+    """The target's own, or the one that is for both."""
+    try:
+        return passphrase_of(variable=TARGET_VARIABLE)
+    except ConfigError as error:
+        try:
+            return passphrase_of()
+        except ConfigError:
+            raise error from None
+
+
+async def _interruptible(source: Source, target: Source, *, quiet: bool) -> "_Outcome":
+    """Copy; a signal to stop lets go of what is held, leases above all."""
+    task = asyncio.current_task()
+    assert task is not None
+    told: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        if not told:
+            told.append(number)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        return await _copy(source, target, quiet=quiet)
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        text = f"stopped by {told[0].name}: points copied before are there; run it again"
+        raise DiskError(text) from None
+
+
+_Outcome = tuple[list[Transferred], list[str]]
+
+
+async def _copy(source: Source, target: Source, *, quiet: bool) -> _Outcome:
+    async with running_workers() as workers:
+        from_ = await _opened(source, workers, passphrase_of)
+        try:
+            to = await _opened(target, workers, _target_passphrase)
+            try:
+                return await _copy_all(from_, to, source.selector, quiet=quiet)
+            finally:
+                await to.close()
+        finally:
+            await from_.close()
+
+
+async def _opened(
+    source: Source, workers: Workers, passphrase: Callable[[], str]
+) -> NativeRepository:
+    vault = await workers.look_up(open_vault, source, passphrase)
+    return NativeRepository(vault, workers)
+
+
+async def _copy_all(
+    source: NativeRepository, target: NativeRepository, selector: str, *, quiet: bool
+) -> _Outcome:
+    points, disk = await _chosen(source, selector)
+    done: list[Transferred] = []
+    damaged: list[str] = []
+    with progress(selector or source.name, quiet=quiet) as advance:
+        total = sum(each.size for point in points for each in point.disks)
+        so_far = 0
+
+        def advanced(length: int) -> None:
+            nonlocal so_far
+            so_far += length
+            if advance is not None:
+                advance(so_far, total)
+
+        work = Transfer(source, target, advanced)
+        for point in points:
+            try:
+                done.append(await work.copy(point, disk))
+            except CorruptImage as error:
+                if len(points) == 1:
+                    raise
+                damaged.append(f"{point.group}@{point.id}: {error}")
+    return done, damaged
+
+
+async def _chosen(source: NativeRepository, selector: str) -> tuple[Sequence[Point], str | None]:
+    """The points to copy, from old to new in each group, and the only disk of them or None."""
+    scope = await scope_of(source, selector)
+    points = list(scope.points)
+    if selector.endswith(f"@{LATEST}") and not scope.said:
+        groups = dict.fromkeys(point.group for point in points)
+        latest = [
+            latest_with([point for point in points if point.group == group], scope.disk)
+            for group in groups
+        ]
+        points = [point for point in latest if point is not None]
+    elif scope.said and len(points) > 1:
+        raise ConfigError(f"{source.name}#{selector}: means {len(points)} points; say which")
+    return points, scope.disk

@@ -1,0 +1,156 @@
+"""``nbdsrv ls``: the restore points of a repository; and what ``info`` says of a whole one."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import uvloop
+
+from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.words import human
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import Kind, Source, parse_source
+from nbdsrv.repository.native.layout import POINTS, group_of
+from nbdsrv.repository.native.repository import NativeRepository
+from nbdsrv.repository.opening import open_repository
+from nbdsrv.repository.repository import Point
+from nbdsrv.repository.selector import scope_of
+
+__all__ = ["ls", "print_repository", "repository_facts"]
+
+MAX_NAMED = 100
+"""Groups ``info`` names."""
+
+
+@click.command()
+@click.argument("repository", metavar="REPOSITORY[#GROUP]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ls(repository: str, *, as_json: bool) -> None:
+    """List the restore points of REPOSITORY, by group and from old to new.
+
+    Every line names a point as other commands take it: repo:/path#GROUP/DISK@POINT.
+    """
+    source = parse_source(repository)
+    if source.kind is not Kind.REPOSITORY or source.partition is not None:
+        raise ConfigError(f"{repository}: not a repository; for instance repo:/path")
+    points = uvloop.run(_points(source))
+    if as_json:
+        click.echo(json.dumps([_row(point) for point in points]))
+        return
+    _print_table(points)
+
+
+async def _points(source: Source) -> Sequence[Point]:
+    async with running_workers() as workers:
+        repository = await open_repository(source, workers)
+        try:
+            if not source.selector:
+                return await repository.points()
+            return (await scope_of(repository, source.selector)).points
+        finally:
+            await repository.close()
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        "group": point.group,
+        "point": point.id,
+        "created": point.created,
+        "time": point.stamp,
+        "parent": point.parent,
+        "flags": list(point.flags),
+        **point.facts,
+        "disks": [{"name": disk.name, "size": disk.size, **disk.facts} for disk in point.disks],
+    }
+
+
+_HEADINGS = ("GROUP", "POINT", "TIME", "DISKS", "MODE", "NEW", "FLAGS")
+
+
+def _print_table(points: Sequence[Point]) -> None:
+    rows = [_HEADINGS, *(_cells(point) for point in points)]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(_HEADINGS))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    disks = ", ".join(f"{_line(disk.name)} {human(disk.size)}" for disk in point.disks)
+    modes = dict.fromkeys(str(disk.facts.get("mode", "")) for disk in point.disks)
+    new = sum(int(disk.facts.get("new_bytes", 0)) for disk in point.disks)
+    return (
+        _line(point.group),
+        point.id,
+        point.stamp,
+        disks or "-",
+        ", ".join(filter(None, modes)) or "-",
+        human(new) if point.disks else "-",
+        ", ".join(point.flags),
+    )
+
+
+def _line(name: str) -> str:
+    """A name somebody else chose, fit for a line of a table."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+# --- info of a whole repository --------------------------------------------------------------
+
+
+async def repository_facts(source: Source, workers: Workers) -> dict[str, Any]:
+    """What ``info`` says of it, by listings alone: no point is read."""
+    repository = await open_repository(source, workers)
+    try:
+        facts: dict[str, Any] = {"source": repository.name, "format": repository.kind}
+        if isinstance(repository, NativeRepository):
+            facts |= await workers.run(_native_facts, repository)
+        else:
+            points = await repository.points()
+            facts["points"] = len(points)
+            facts["groups"] = sorted({point.group for point in points})
+        return facts
+    finally:
+        await repository.close()
+
+
+def _native_facts(repository: NativeRepository) -> dict[str, Any]:
+    """Blocking."""
+    vault = repository.vault
+    config = vault.config
+    groups: set[str] = set()
+    points, objects, stored = 0, 0, 0
+    for each in vault.store.list(""):
+        objects += 1
+        stored += each.size
+        if each.key.startswith(POINTS) and (group := group_of(each.key)) is not None:
+            points += 1
+            groups.add(group)
+    return {
+        "id": str(config.id),
+        "hash": config.hash,
+        "cipher": config.cipher or "none",
+        "chunk_size": config.chunk_size,
+        "points": points,
+        "groups": sorted(groups),
+        "objects": objects,
+        "stored_bytes": stored,
+    }
+
+
+def print_repository(facts: dict[str, Any], *, as_json: bool) -> None:
+    """As ``info`` prints."""
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        shown = str(value)
+        if key == "groups":
+            named = ", ".join(_line(group) for group in value[:MAX_NAMED])
+            more = len(value) - MAX_NAMED
+            shown = f"{len(value)} ({named}{f' and {more} more' if more > 0 else ''})"
+        elif key in {"chunk_size", "stored_bytes"}:
+            shown = f"{value} ({human(value)})"
+        click.echo(f"{key.replace('_', ' '):12} {shown}")

@@ -1,0 +1,167 @@
+"""``nbdsrv verify``: is a repository what it was, and if not, what is lost?"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import click
+import uvloop
+
+from nbdsrv.cli.durations import parse_duration
+from nbdsrv.cli.quantities import parse_size
+from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.words import human
+from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import Kind, Source, parse_source
+from nbdsrv.repository.native.damage import Finding
+from nbdsrv.repository.native.point import PointRecord
+from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.native.verify import LEVELS, Budget, Verified
+from nbdsrv.repository.native.verify import verify as verify_vault
+from nbdsrv.repository.opening import open_keyless, open_repository, open_vault
+from nbdsrv.repository.selector import LATEST, latest_with, scope_of
+
+__all__ = ["verify"]
+
+DAMAGED = 3
+"""Exit code where damage was found; 1 is for what could not be verified."""
+SHOWN = 10
+"""Lines of disks that are hurt by one damage, on a terminal; --json has all."""
+
+Chosen = Callable[[PointRecord], Iterable[str]]
+
+
+@click.command()
+@click.argument("repository", metavar="REPOSITORY[#GROUP/DISK@POINT]")
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    default="structure",
+    show_default=True,
+    help="structure: points, maps, index. packs: also the hash of every pack. chunks: also the"
+    " content of every chunk.",
+)
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Read that part of the packs: those that were not for the longest time.",
+)
+@click.option("--time-budget", metavar="DURATION", help="Stop reading packs after that: 30m, 2h.")
+@click.option("--max-bytes", metavar="SIZE", help="Stop reading packs after so much: 100G.")
+@click.option(
+    "--without-key",
+    is_flag=True,
+    help="Hash the packs of an encrypted repository without its passphrase, nothing else.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.option("--quiet", is_flag=True, help="Print only what is damaged.")
+def verify(
+    repository: str,
+    *,
+    level: str,
+    sample: float | None,
+    time_budget: str | None,
+    max_bytes: str | None,
+    without_key: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Verify REPOSITORY, or what some of its points need.
+
+    Names every damaged object, and the disks, ranges and points it hurts. Nothing is repaired, but
+    later backups store anew what damaged packs held. With a budget, the next run goes on where
+    this one stopped. Exit code 0: no damage; 3: damage; 1: something could not be read at all.
+    """
+    budget = Budget(
+        sample,
+        parse_duration("--time-budget", time_budget) if time_budget else None,
+        parse_size("--max-bytes", max_bytes) if max_bytes else None,
+    )
+    source = parse_source(repository)
+    if source.kind is not Kind.REPOSITORY or source.partition is not None:
+        raise ConfigError(f"{repository}: verify takes a repository; for instance repo:/path")
+    if without_key and (level != "packs" or source.selector):
+        raise ConfigError(f"{repository}: --without-key goes with --level packs and no selector")
+    vault = open_keyless(source) if without_key else open_vault(source)
+    try:
+        done = _verified(vault, source, level, budget, keyless=without_key)
+    finally:
+        vault.close()
+    if as_json:
+        click.echo(json.dumps({"repository": repository, **asdict(done)}))
+    else:
+        _print(done, quiet=quiet)
+    if done.findings:
+        raise click.exceptions.Exit(DAMAGED)
+    if done.unread:
+        raise click.exceptions.Exit(1)
+
+
+def _verified(
+    vault: Vault, source: Source, level: str, budget: Budget, *, keyless: bool
+) -> Verified:
+    chosen = uvloop.run(_chosen(source)) if source.selector else None
+    keyless = keyless and vault.config.cipher is not None
+    return verify_vault(vault, level, chosen=chosen, budget=budget, keyless=keyless)
+
+
+async def _chosen(source: Source) -> Chosen:
+    """The disks of the points that a selector means; without a point, those of all its points."""
+    async with running_workers() as workers:
+        repository = await open_repository(source, workers)
+        try:
+            scope = await scope_of(repository, source.selector)
+        finally:
+            await repository.close()
+    points = {(point.group, point.id) for point in scope.points}
+    if not scope.said and source.selector.endswith(f"@{LATEST}"):
+        groups = {point.group for point in scope.points}
+        newest = [
+            latest_with([point for point in scope.points if point.group == group], scope.disk)
+            for group in groups
+        ]
+        points = {(point.group, point.id) for point in newest if point is not None}
+
+    def chosen(record: PointRecord) -> Iterable[str]:
+        if (record.group, record.id) not in points:
+            return []
+        return [disk.name for disk in record.disks if scope.disk in {None, disk.name}]
+
+    return chosen
+
+
+def _print(done: Verified, *, quiet: bool) -> None:
+    for finding in done.findings:
+        _print_finding(finding)
+    for text in done.unread:
+        click.echo(f"could not be read: {text}")
+    if quiet:
+        return
+    for note in done.notes:
+        click.echo(f"note: {note.key} {note.text}")
+    checked = ""
+    if done.level != "structure":
+        rest = "" if done.completed else "; the next run goes on from there"
+        checked = (
+            f", {done.checked} of them read ({human(done.read_bytes)}, {done.entries} entries)"
+            f"{rest}"
+        )
+    damage = f"{len(done.findings)} damaged" if done.findings else "no damage found"
+    click.echo(f"{done.points} points, {done.disks} disks, {done.packs} packs{checked}: {damage}")
+
+
+def _print_finding(finding: Finding) -> None:
+    where = f" at {finding.offset}" if finding.offset is not None else ""
+    click.echo(f"damaged: {finding.key}{where}: {finding.text}")
+    for hurt in finding.hurts[:SHOWN]:
+        ranges = ", ".join(f"{length} at {offset}" for offset, length in hurt.ranges[:3])
+        more = f" and {len(hurt.ranges) - 3} more ranges" if len(hurt.ranges) > 3 else ""
+        what = f" {hurt.disk}: {ranges}{more}" if hurt.disk else ": all of it"
+        click.echo(f"  hurts {hurt.point}{what}")
+    if len(finding.hurts) > SHOWN:
+        click.echo(f"  hurts {len(finding.hurts) - SHOWN} more disks; --json names them")
+    if finding.copies:
+        click.echo(f"  intact copies: {', '.join(finding.copies[:3])}")
+    if finding.advice:
+        click.echo(f"  {finding.advice}")

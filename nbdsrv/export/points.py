@@ -1,0 +1,129 @@
+"""A repository as exports: each disk of each restore point, opened when a client asks for it.
+
+::
+
+    LIST    vm1/sda@latest  vm1/sda@01M8A...  vm1/sda@01M8B...       as they are at this moment
+    GO      vm1/sda@latest ── select ──> Export of the point 01M8B... ── acquire() ──> PointDisk
+
+A client may also say less, or a time (``vm1/sda@2026-11-25T10``): names are selectors.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+from weakref import WeakValueDictionary
+
+from nbdsrv.disk.disk import Disk
+from nbdsrv.errors import RepositoryError
+from nbdsrv.export.exports import Collection, Export, is_name
+from nbdsrv.repository.repository import Point, Repository
+from nbdsrv.repository.selector import LATEST, latest_with, select
+
+__all__ = ["PointExports"]
+
+log = logging.getLogger(__name__)
+
+MAX_LISTED = 50_000
+"""Exports shown in a listing, a few megabytes; the others can be opened all the same."""
+
+
+class PointExports(Collection):
+    """The disks of a repository's points, of one group's, or of some points."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        name: str,
+        *,
+        prefix: str = "",
+        group: str | None = None,
+        only: Sequence[Point] = (),
+        tls_only: bool = False,
+    ) -> None:
+        """Becomes the owner of ``repository``.
+
+        Args:
+            repository: open.
+            name: for messages.
+            prefix: of all names.
+            group: None for all.
+            only: these points; none for all, and what will be added.
+            tls_only: never served in plain text.
+        """
+        self.name = name
+        self.tls_only = tls_only
+        self._repository = repository
+        self._prefix = prefix
+        self._group = group
+        self._only = frozenset((point.group, point.id) for point in only)
+        self._exports: WeakValueDictionary[tuple[str, str, str], Export] = WeakValueDictionary()
+        self._turn = asyncio.Lock()
+
+    async def find(self, name: str) -> Export | None:
+        """The export a name selects; a selector that means nothing, or several, is none."""
+        if not name.startswith(self._prefix):
+            return None
+        try:
+            selected = await select(self._repository, name[len(self._prefix) :])
+        except RepositoryError as error:
+            log.info("export.unknown export=%r reason=%s", name, error)
+            return None
+        point = selected.point
+        if not self._serves(point):
+            return None
+        if not is_name(name):
+            return None
+        key = (name, point.group, point.id)
+        export = self._exports.get(key)
+        if export is None:
+            # Under the name it was asked for: clients that list show what they are told here.
+            opener = partial(self._open, point, selected.disk)
+            export = Export(name, opener, _described(point), tls_only=self.tls_only)
+            self._exports[key] = export
+        return export
+
+    async def listed(self) -> Sequence[tuple[str, str]]:
+        """By group; ``latest`` first, then from old to new."""
+        async with self._turn:  # many who ask at once do not make many listings at once
+            every = await self._repository.points(self._group)
+        groups: dict[str, list[Point]] = {}
+        for point in every:
+            if self._serves(point):
+                groups.setdefault(point.group, []).append(point)
+        names: list[tuple[str, str]] = []
+        for group, points in groups.items():
+            for disk in dict.fromkeys(disk.name for point in points for disk in point.disks):
+                latest = latest_with(points, disk)
+                if latest is not None and latest.disk(disk) is not None:
+                    name = f"{self._prefix}{group}/{disk}@{LATEST}"
+                    names.append((name, _described(latest)))
+            names += [
+                (self._name(point, disk.name), _described(point))
+                for point in points
+                for disk in point.disks
+            ]
+        shown = [row for row in names if is_name(row[0])]
+        if len(shown) > MAX_LISTED:
+            log.warning("exports.listed shown=%d of=%d", MAX_LISTED, len(shown))
+        return shown[:MAX_LISTED]
+
+    async def close(self) -> None:
+        """Close the repository; what is open of it stays so."""
+        await self._repository.close()
+
+    def _serves(self, point: Point) -> bool:
+        if self._only:
+            return (point.group, point.id) in self._only
+        return self._group in {None, point.group}
+
+    def _name(self, point: Point, disk: str) -> str:
+        return f"{self._prefix}{point.group}/{disk}@{point.id}"
+
+    async def _open(self, point: Point, disk: str) -> Disk:
+        return await self._repository.open_disk(point, disk)
+
+
+def _described(point: Point) -> str:
+    flags = "".join(f", {flag}" for flag in point.flags)
+    return f"restore point {point.id} of {point.stamp}{flags}"

@@ -1,0 +1,152 @@
+"""Which points there are, read once: a point's object never changes.
+
+::
+
+    list points/<group>/ ──> keys ── known? ──> PointRecord (without the VM's configuration)
+                               └── new: read, several at a time
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import CorruptImage
+from nbdsrv.repository.native.layout import group_of, ulid_of, ulid_time
+from nbdsrv.repository.native.point import PointRecord
+from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.repository import DiskFacts, Point
+from nbdsrv.store.store import ObjectMissing
+
+__all__ = ["Listing", "Row", "damaged_point", "described"]
+
+MAX_KNOWN = 1 << 14
+"""Points kept in memory, some 3 KiB each."""
+BATCH = 16
+"""Points a thread reads before others have their turn."""
+PARALLEL = 8
+"""Threads at work for one listing."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One point: what it says, or why it says nothing."""
+
+    key: str
+    record: PointRecord | None
+    error: CorruptImage | None = None
+    _point: Point | None = None
+
+    @property
+    def point(self) -> Point:
+        """As all repositories describe points."""
+        if self.record is None:
+            return damaged_point(self.key, str(self.error))
+        if self.record.lock_until:
+            return described(self.record)  # locked today, not tomorrow
+        if self._point is None:
+            self._point = described(self.record)
+        return self._point
+
+
+class Listing:
+    """The points of one vault. Belongs to one event loop."""
+
+    def __init__(self, vault: Vault, workers: Workers) -> None:
+        self._vault = vault
+        self._workers = workers
+        self._known: OrderedDict[str, Row] = OrderedDict()
+
+    async def rows(self, group: str | None = None) -> list[Row]:
+        """All points, or those of one group; by group, then from old to new.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        keys = await self._workers.run(self._keys, group)
+        found: dict[str, Row] = {}
+        unknown = []
+        for key in keys:
+            row = self._known.get(key)
+            if row is None:
+                unknown.append(key)
+            else:
+                self._known.move_to_end(key)
+                found[key] = row
+        batches = [unknown[at : at + BATCH] for at in range(0, len(unknown), BATCH)]
+        turn = asyncio.Semaphore(PARALLEL)
+
+        async def read(batch: Sequence[str]) -> list[Row]:
+            async with turn:
+                return await self._workers.run(self._read, batch)
+
+        for rows in await asyncio.gather(*map(read, batches)):
+            for row in rows:
+                found[row.key] = row
+                if row.record is not None:
+                    self._keep(row)
+        return [found[key] for key in keys if key in found]
+
+    def _keys(self, group: str | None) -> list[str]:
+        try:
+            found = [stored.key for stored in self._vault.point_objects(group)]
+        except ValueError:
+            return []  # no group can have that name
+        return sorted(found, key=lambda key: (group_of(key) or "", key))
+
+    def _read(self, keys: Sequence[str]) -> list[Row]:
+        rows = []
+        for key in keys:
+            try:
+                record = self._vault.point(key)
+                rows.append(Row(key, msgspec.structs.replace(record, blobs={})))
+            except ObjectMissing:
+                continue  # pruned meanwhile
+            except CorruptImage as error:
+                rows.append(Row(key, None, error))
+        return rows
+
+    def _keep(self, row: Row) -> None:
+        self._known[row.key] = row
+        while len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+
+
+def described(record: PointRecord) -> Point:
+    """A point of ours as all repositories describe them."""
+    disks = tuple(
+        DiskFacts(
+            disk.name,
+            disk.size,
+            {
+                "mode": disk.mode,
+                "reason": disk.reason,
+                "read_bytes": disk.read_bytes,
+                "new_bytes": disk.new_bytes,
+                "zero_bytes": disk.zero_bytes,
+                "unchanged_bytes": disk.unchanged_bytes,
+                "image_id": disk.image_id,
+            },
+        )
+        for disk in record.disks
+    )
+    facts = {
+        "host": record.host,
+        "consistency": record.consistency,
+        "previous": record.previous,
+        "labels": dict(record.labels),
+        "lock_until": record.lock_until,
+    }
+    locked = ("locked",) if record.lock_until > time.time() else ()
+    return Point(record.id, record.group, record.created, disks, record.parent, locked, facts)
+
+
+def damaged_point(key: str, reason: str) -> Point:
+    """One whose object cannot be read: its key still says which it was."""
+    id_ = ulid_of(key) or ""
+    group = group_of(key) or ""
+    return Point(id_, group, ulid_time(id_), (), None, ("damaged",), {"reason": reason})

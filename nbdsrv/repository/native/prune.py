@@ -1,0 +1,177 @@
+"""Deleting restore points by rules, and nothing but them: what they held is the collector's.
+
+::
+
+    points ── rules, group by group ──> kept, with reasons
+                                   └──> dropped ── locked? read by somebody? ── spared
+                                                └── deleted, from old to new
+
+Any point can go: each is whole, none needs another. A run that dies has deleted some of the oldest.
+"""
+
+import time
+from dataclasses import dataclass, field
+from datetime import tzinfo
+
+from nbdsrv.errors import CorruptImage
+from nbdsrv.repository.native.damage import is_outage
+from nbdsrv.repository.native.layout import point_key
+from nbdsrv.repository.native.lease import Lease, live_leases
+from nbdsrv.repository.native.point import PointRecord
+from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.retention import Candidate, Rules, decide
+from nbdsrv.store.store import ObjectMissing
+
+__all__ = ["DamagedPoint", "Fate", "Pruned", "prune"]
+
+NEWER = "use a newer nbdsrv"
+"""In the text of an error: the point is not damaged, but of a version this one does not know."""
+
+
+@dataclass(slots=True)
+class Fate:
+    """What became of a point; in a dry run, what would.
+
+    Attributes:
+        point: the record.
+        reasons: why the rules keep it; none if they drop it.
+        spared: why it stays though they do; "" if it goes.
+    """
+
+    point: PointRecord
+    reasons: tuple[str, ...]
+    spared: str = ""
+
+    @property
+    def deleted(self) -> bool:
+        """Is it gone?"""
+        return not self.reasons and not self.spared
+
+
+@dataclass(slots=True)
+class DamagedPoint:
+    """A point that cannot be read. Rules know nothing of it.
+
+    Attributes:
+        key: of its object.
+        text: what is wrong with it.
+        deleted: is it gone?
+    """
+
+    key: str
+    text: str
+    deleted: bool = False
+
+
+@dataclass(slots=True)
+class Pruned:
+    """What a run did: ``fates`` by group, each from new to old."""
+
+    fates: dict[str, list[Fate]] = field(default_factory=dict)
+    damaged: list[DamagedPoint] = field(default_factory=list)
+
+    @property
+    def deleted(self) -> list[PointRecord]:
+        """The points that are gone, as they went: from old to new."""
+        gone = [fate.point for fates in self.fates.values() for fate in fates if fate.deleted]
+        return sorted(gone, key=lambda point: (point.created, point.id))
+
+
+def prune(
+    vault: Vault,
+    group: str | None,
+    rules: Rules | None,
+    *,
+    zone: tzinfo | None = None,
+    damaged: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Pruned:
+    """Delete the points that the rules do not keep. Blocking.
+
+    Args:
+        vault: the repository.
+        group: whose points; None: those of all groups, each by itself.
+        rules: None: only damaged points are deleted.
+        zone: whose days the rules mean; None: this host's.
+        damaged: delete what cannot be read.
+        force: also what somebody is reading. What is locked stays in any case.
+        dry_run: delete nothing.
+
+    Raises:
+        ConfigError: the rules are none.
+        DiskError: the store does not answer. What is gone was to go.
+    """
+    done = Pruned()
+    by_group: dict[str, list[PointRecord]] = {}
+    for stored in vault.point_objects(group):
+        try:
+            record = vault.point(stored.key)
+        except ObjectMissing:
+            continue
+        except CorruptImage as error:
+            if is_outage(error, vault.store):
+                raise
+            done.damaged.append(DamagedPoint(stored.key, str(error)))
+            continue
+        by_group.setdefault(record.group, []).append(record)
+    for name, records in sorted(by_group.items()):
+        done.fates[name] = _fates(records, rules, zone)
+    if dry_run:
+        _spare(done, time.time(), _read_now(vault, time.time()), force=force)
+        _mark_damaged(done, delete=damaged)
+        return done
+    # A reader's lease on nothing: it tells the time by the store's clock.
+    with Lease(vault.store, "reader") as lease:
+        # A lock is held by both clocks: a store's may be wrong, and so may ours.
+        now = min(time.time(), lease.record.opened)
+        _spare(done, now, _read_now(vault, lease.record.opened), force=force)
+        _mark_damaged(done, delete=damaged)
+        for record in done.deleted:
+            vault.store.delete(point_key(record.group, record.id))
+        for each in done.damaged:
+            if each.deleted:
+                vault.store.delete(each.key)
+    return done
+
+
+def _fates(records: list[PointRecord], rules: Rules | None, zone: tzinfo | None) -> list[Fate]:
+    by_id = {record.id: record for record in records}
+    if rules is None:
+        ordered = sorted(records, key=lambda record: (record.created, record.id), reverse=True)
+        return [Fate(record, ("no rule was given",)) for record in ordered]
+    candidates = [Candidate(record.id, record.created, record.labels) for record in records]
+    return [
+        Fate(by_id[decision.point.id], decision.reasons)
+        for decision in decide(candidates, rules, zone)
+    ]
+
+
+def _spare(done: Pruned, now: float, read: dict[str, str], *, force: bool) -> None:
+    """What must not go although the rules would let it."""
+    for fates in done.fates.values():
+        for fate in fates:
+            point = fate.point
+            if fate.reasons:
+                continue
+            if point.lock_until > now:
+                until = time.strftime(
+                    "%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(point.lock_until, 1e11))
+                )
+                fate.spared = f"locked until {until}"
+            elif not force and f"{point.group}/{point.id}" in read:
+                fate.spared = f"it is being read on {read[f'{point.group}/{point.id}']}"
+
+
+def _read_now(vault: Vault, now: float) -> dict[str, str]:
+    """``group/ulid`` of the points that are being read, and where."""
+    return {
+        point: f"{lease.host or 'some host'} (process {lease.pid})"
+        for lease in live_leases(vault.store, now)
+        for point in lease.points
+    }
+
+
+def _mark_damaged(done: Pruned, *, delete: bool) -> None:
+    for each in done.damaged:
+        each.deleted = delete and NEWER not in each.text

@@ -1,0 +1,307 @@
+"""Do points, maps, packs' directories and the index agree? Blocking; reads no chunk.
+
+::
+
+    points ── roots ── pages ── slots ──> claims     (pack, offset) and a hash of id, length, codec
+                  │        └ hash of ids = the root's; all of them = the point's image_id
+                  └ size = the point's
+    packs  ── directories ─────────────> entries     from the header to the directory, without gaps
+                                            ├── every claim must be one of them
+    index  ── records ──────────────────────┴── the same, pack by pack: sums of hashes
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+
+from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.census import Census, Row
+from nbdsrv.repository.native.damage import Finding, Hurt, Note, damage_of, is_outage
+from nbdsrv.repository.native.entries import key_of
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
+from nbdsrv.repository.native.hashing import ZERO_ID
+from nbdsrv.repository.native.hurt import BadPlaces
+from nbdsrv.repository.native.layout import pack_of
+from nbdsrv.repository.native.mark import Marker
+from nbdsrv.repository.native.pack import (
+    HEADER_SIZE,
+    RECORD_SIZE,
+    TRAILER_SIZE,
+    Listed,
+)
+from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref
+from nbdsrv.repository.native.sealing import BrokenPayload
+from nbdsrv.repository.native.slots import Page, Root
+from nbdsrv.repository.native.vault import Vault
+from nbdsrv.store.store import ObjectMissing, Stored
+
+__all__ = ["MapWalk", "check_directories", "check_index"]
+
+HEAL = (
+    "the next backup stores anew what was lost, if its source has it; `nbdsrv gc` then removes the"
+    " damaged pack"
+)
+REMADE = "`nbdsrv gc` makes the index anew"
+BITS = 0xFFFFFFFF
+CIPHER_BYTE = 9
+RESERVED = slice(10, 16)
+TRAILER_RESERVED = slice(-12, -8)
+
+
+def claim(id_: bytes, offset: int, clen: int, codec: int, /) -> int:
+    """An entry in 64 bits: equal ones are equal, and different ones hardly ever."""
+    return offset << 32 | hash((id_, clen, codec)) & BITS
+
+
+class MapWalk(Marker):
+    """Walks the maps of the points that are chosen, and checks each on the way.
+
+    Attributes:
+        bad: places from which a root or page could not be read.
+        findings: what is broken otherwise: points, and maps that contradict themselves.
+        disks: that were walked.
+        previous: group to (point, the one before it) of all points that could be read.
+    """
+
+    row = staticmethod(claim)
+
+    def __init__(
+        self,
+        vault: Vault,
+        census: Census,
+        threads: Executor,
+        chosen: Callable[[PointRecord], Iterable[str]],
+    ) -> None:
+        """``chosen``: the names of a point's disks that are to be walked."""
+        super().__init__(vault, census, frozenset(), threads)
+        self._chosen = chosen
+        self._contents: dict[bytes, bytes] = {}
+        self._last: tuple[str, Root | CorruptImage] | None = None
+        self.bad = BadPlaces()
+        self.findings: list[Finding] = []
+        self.disks = 0
+        self.previous: defaultdict[str, list[tuple[str, str | None]]] = defaultdict(list)
+
+    def point(self, key: str) -> None:
+        """Check one point."""
+        try:
+            record = self._vault.point(key)
+            self._check_frame(key)
+        except ObjectMissing:
+            return
+        except CorruptImage as error:
+            if is_outage(error, self._vault.store):
+                raise
+            hurt = Hurt(key.removeprefix("points/").removesuffix(".pt"), "")
+            advice = "bring it back from a copy, or delete it with `nbdsrv prune --damaged`"
+            self.findings.append(Finding(key, None, _why(error, key), [hurt], [], advice))
+            return
+        self.previous[record.group].append((record.id, record.previous))
+        names = set(self._chosen(record))
+        if names:
+            self.found.points += 1
+        for disk in record.disks:
+            if disk.name not in names:
+                continue
+            self.disks += 1
+            self.where = f"{record.group}/{record.id}", disk.name
+            self.disk(disk.root)
+            root = self.root(disk.root)
+            if isinstance(root, CorruptImage):
+                continue
+            self._check_root(root, key, disk.name, disk.size, disk.image_id)
+
+    def _check_frame(self, key: str) -> None:
+        """What readers pass over: a point's object has no name to check it by.
+
+        In a plain repository its salt remains, which is nobody's.
+        """
+        data = self._vault.store.get(key, MAX_POINT)
+        encrypted = self._vault.sealing.id_key is not None
+        if any(data[RESERVED]) or data[CIPHER_BYTE] != encrypted or any(data[TRAILER_RESERVED]):
+            raise CorruptImage(f"corrupt repository: {key}: bytes that say nothing were changed")
+
+    def _check_root(self, root: Root, key: str, name: str, size: int, image_id: str) -> None:
+        """What the root says of its pages is what they say, and what the point says."""
+        wrong = []
+        if root.size != size:
+            wrong.append(f"its map is one of {root.size} bytes, the point says {size}")
+        if root.image_id(self._vault.hashing).hex() != image_id:
+            wrong.append("its map is not the one the point was committed with")
+        for number in range(len(root)):
+            id_ = root.pages.id(number)
+            expected = root.content(number)
+            content = ZERO_ID if id_ == ZERO_ID else self._contents.get(id_, expected)
+            if content != expected:
+                wrong.append(f"page {number} of its map holds other chunks than the map says")
+        if wrong:
+            hurt = Hurt(self.where[0], name)
+            hurt.add(0, size)
+            text = f"disk {name}: {wrong[0]}"
+            self.findings.append(Finding(key, None, text, [hurt], [], "do not restore from it"))
+
+    def root(self, ref: Ref) -> Root | CorruptImage:
+        """A root, from its very place if that is sound; the last one is kept."""
+        if self._last is None or self._last[0] != ref.id:
+            self._last = ref.id, self._root(ref)
+        return self._last[1]
+
+    def _root(self, ref: Ref) -> Root | CorruptImage:
+        id_ = bytes.fromhex(ref.id)
+        data = self._there(Kind.ROOT, id_, ref.place)
+        if data is not None:
+            try:
+                return Root.parse(data)
+            except BrokenPayload as error:
+                return self._impossible(Kind.ROOT, ref.place, error)
+        return super().root(ref)
+
+    def page(self, root: Root, number: int) -> Page | CorruptImage:
+        """Likewise, and its chunks' hash is remembered."""
+        id_, place = root.pages.id(number), root.pages.place(number)
+        data = self._there(Kind.PAGE, id_, place)
+        page: Page | CorruptImage
+        if data is None:
+            page = super().page(root, number)
+        else:
+            try:
+                page = Page.parse(data, root.slots_of(number))
+            except BrokenPayload as error:
+                page = self._impossible(Kind.PAGE, place, error)
+        if isinstance(page, Page):
+            self._contents[id_] = page.content(self._vault.hashing)
+        return page
+
+    def _there(self, kind: Kind, id_: bytes, place: Place) -> bytes | None:
+        """Content from that very place; None, and a finding, if it is not there."""
+        if place.pack not in self._census.packs:
+            return None  # moved: the index knows; or missing, which the trace tells
+        try:
+            return bytes(self._vault.entries.read_there(kind, id_, place))
+        except ObjectMissing:
+            return None
+        except DiskError as error:
+            size = self._census.packs[place.pack].size
+            within = place.offset + ENTRY_SIZE + place.length <= size
+            if within and is_outage(error, self._vault.store):
+                raise
+            key = key_of(kind, place.pack)
+            text = _why(damage_of(error), key, place.offset)
+            finding = Finding(key, place.offset, text, advice=HEAL)
+            self.bad.part(place.pack, place.offset, finding)
+        return None
+
+    def _impossible(self, kind: Kind, place: Place, error: BrokenPayload) -> CorruptImage:
+        """Content that is what its id says and yet no page or root."""
+        key = key_of(kind, place.pack)
+        self.bad.part(place.pack, place.offset, Finding(key, place.offset, str(error)))
+        return CorruptImage(f"corrupt repository: {key} at {place.offset}: {error}")
+
+
+def check_directories(walk: MapWalk, census: Census, packs: Iterable[Stored]) -> "Sums":
+    """Every claim must be an entry; entries must fill their packs.
+
+    Returns:
+        What the directories hold, to be compared with the index.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    sums = Sums()
+    for stored, rows in census.directories(packs):
+        name = pack_of(stored.key)
+        assert name is not None
+        error = census.damage.pop(stored.key, None)
+        if error is None and not _fills(stored.size, rows):
+            error = CorruptImage(f"{stored.key}: its entries do not fill it")
+        if error is not None:
+            text = _why(error, stored.key)
+            finding = Finding(stored.key, stored.size - TRAILER_SIZE, text, advice=HEAL)
+            walk.bad.part(name, stored.size, finding)  # no entry is there: nobody is hurt by it
+        else:
+            sums.add(name, ((row.id, row.place(name), row.kind) for row in rows))
+        live = walk.found.live.get(name)
+        if live is None:
+            continue
+        entries = {claim(row.id, row.offset, row.clen, row.codec) for row in rows}
+        for lost in set(live.rows()) - entries:
+            offset = lost >> 32
+            text = "a map names an entry there that the pack does not have"
+            walk.bad.part(name, offset, Finding(stored.key, offset, text, advice=HEAL))
+    return sums
+
+
+def check_index(census: Census, sums: "Sums", findings: list[Finding], notes: list[Note]) -> None:
+    """The index must say what the directories say."""
+    for key, error in census.damage.items():
+        text = _why(error, key)
+        findings.append(Finding(key, None, text, advice=f"no content is lost; {REMADE}"))
+    indexed = Sums()
+    for _, segment in census.segments:
+        indexed.add(None, segment)
+    unknown = [name for name in sums.of if name not in indexed.of]
+    if unknown:
+        text = f"{len(unknown)} packs are in no segment of it; {REMADE}"
+        notes.append(Note("index/", text))
+    both = sums.of.keys() & indexed.of.keys()
+    # A record that two segments have, as a collector that died leaves them, is no contradiction.
+    for name in _different(census, {name for name in both if sums.of[name] != indexed.of[name]}):
+        text = f"it contradicts {census.packs[name].key}"
+        findings.append(Finding("index/", None, text, advice=f"no content is lost; {REMADE}"))
+
+
+def _different(census: Census, names: set[bytes]) -> list[bytes]:
+    """Of these packs, those of which the index does not say exactly what their directories do."""
+    if not names:
+        return []
+    said: dict[bytes, set[Row]] = {name: set() for name in names}
+    for _, segment in census.segments:
+        for row in segment:
+            if row[1].pack in said:
+                said[row[1].pack].add(row)
+    found = []
+    packs = [census.packs[name] for name in sorted(names) if name in census.packs]
+    for stored, rows in census.directories(packs):
+        name = pack_of(stored.key)
+        assert name is not None
+        if said[name] != {(row.id, row.place(name), row.kind) for row in rows}:
+            found.append(name)
+    return found
+
+
+class Sums:
+    """Sets of records, one for each pack, compared by sums of their hashes.
+
+    Attributes:
+        of: by the pack's name.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[bytes, int] = {}
+
+    def add(self, name: bytes | None, rows: Iterable[tuple[bytes, Place, int]]) -> None:
+        """More records; of the pack ``name``, or of many."""
+        if name is not None:
+            self.of.setdefault(name, 0)
+        of = self.of
+        for row in rows:
+            pack = row[1][0]
+            of[pack] = of.get(pack, 0) ^ hash(row)
+
+
+def _fills(size: int, rows: list[Listed]) -> bool:
+    """Do the entries lie one behind the other, from the header to the directory?"""
+    at = HEADER_SIZE
+    for row in sorted(rows, key=lambda row: row.offset):
+        if row.offset != at:
+            return False
+        at += ENTRY_SIZE + row.clen
+    return at + len(rows) * RECORD_SIZE + TRAILER_SIZE == size
+
+
+def _why(error: Exception, key: str, offset: int | None = None) -> str:
+    """An error's text without what a finding says anyway."""
+    text = str(error).removeprefix("corrupt repository: ").removeprefix(key)
+    if offset is not None:
+        text = text.removeprefix(f" at {offset}")
+    return text.removeprefix(": ")

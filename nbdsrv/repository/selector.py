@@ -1,0 +1,249 @@
+"""``GROUP/DISK@POINT``: which disk of which restore point is meant (docs/usage.md, "SOURCE").
+
+::
+
+    vm1/sda@2026-11-25T10        all said
+    vm1/sda                      the latest point that has it
+    vm1@latest   vm1             its only disk
+    sda@01M8AC   @01M8AC   ""    where one group, one disk is left
+
+POINT is an id or the beginning of one, the beginning of its time in UTC, or ``latest``. Names may
+hold ``/`` and ``@``: all ways to read the text are tried, those that say group and disk first, then
+the longest group, then the longest disk; the first that leads to something counts. Where it leads
+to several things, that is an error which names them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nbdsrv.errors import PointMissing, RepositoryError
+from nbdsrv.repository.repository import Point, Repository
+
+__all__ = ["LATEST", "Scope", "Selected", "latest_with", "scope_of", "select"]
+
+LATEST = "latest"
+MAX_NAMED = 10
+"""Candidates an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a selector says, once it is known how it must be read. None: left out.
+
+    Attributes:
+        group: the VM.
+        disk: the disk's name.
+        points: the points it may mean, from old to new; those of the group if none is said.
+        said: does the selector say a point?
+    """
+
+    group: str | None
+    disk: str | None
+    points: tuple[Point, ...]
+    said: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """One disk of one point."""
+
+    point: Point
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    group: str | None
+    disk: str | None
+    point: str | None
+
+
+async def select(repository: Repository, selector: str) -> Selected:
+    """The one disk a selector means.
+
+    Raises:
+        PointMissing: there is no such group, point or disk.
+        RepositoryError: it may mean several, which are named; or the latest is damaged.
+        DiskError: the repository cannot be read.
+    """
+    scope = await scope_of(repository, selector)
+    groups = sorted({point.group for point in scope.points})
+    if len(groups) > 1 and not scope.said:
+        raise _several(repository, selector, "groups", groups)
+    if not scope.said:
+        return _latest(repository, selector, scope)
+    if len(scope.points) > 1:
+        raise _several(repository, selector, "points", [_shown(each) for each in scope.points])
+    (point,) = scope.points
+    return Selected(point, scope.disk or _only_disk(repository, selector, point))
+
+
+async def scope_of(repository: Repository, selector: str) -> Scope:
+    """How a selector must be read in this repository.
+
+    Raises:
+        PointMissing, DiskError: as ``select``.
+    """
+    if not selector:
+        points = tuple(await repository.points())
+        if not points:
+            raise PointMissing(f"{repository.name}: has no restore points")
+        return Scope(None, None, points, said=False)
+    readings = _readings(selector)
+    groups: dict[str, Sequence[Point]] = {}
+    found: list[Scope] = []
+    for reading in readings:
+        name = reading.group
+        if name is None:
+            continue
+        if reading.disk is None and found:
+            break  # group and disk are said: nothing is left out
+        if name not in groups:
+            groups[name] = await repository.points(name)
+        if scope := _fitting(reading, groups[name]):
+            found.append(scope)
+    if len(found) > 1 and found[0].disk is not None:
+        names = [f"disk {each.disk!r} of {each.group!r}" for each in found]
+        raise _several(repository, selector, "disks", names)
+    if found:
+        return found[0]
+    every = await repository.points()
+    for reading in readings:
+        if reading.group is None and (scope := _fitting(reading, every)):
+            return scope
+    raise _missing(repository, selector, groups, every)
+
+
+def _readings(selector: str) -> list[_Reading]:
+    """All ways to read a selector: which are tried first."""
+    found: list[tuple[str | None, str | None, str | None]] = []
+    for at in (*_marks(selector, "@"), len(selector)):
+        body = selector[:at] or None
+        point = selector[at + 1 :] or None
+        found += [(body, None, point), (None, body, point)]
+        if body:
+            found += [(body[:n], body[n + 1 :], point) for n in _marks(body, "/")]
+    readings = [_Reading(*each) for each in dict.fromkeys(found) if any(each)]
+    readings.sort(key=_precedence, reverse=True)
+    return readings
+
+
+def _precedence(reading: _Reading) -> tuple[bool, int, int]:
+    group, disk = reading.group or "", reading.disk or ""
+    return bool(group and disk), len(group), len(disk)
+
+
+def _marks(text: str, mark: str) -> list[int]:
+    return [at for at, letter in enumerate(text) if letter == mark]
+
+
+def _fitting(reading: _Reading, points: Sequence[Point]) -> Scope | None:
+    """What a reading leads to among these points; None if it leads nowhere."""
+    if reading.point in {None, LATEST}:
+        fitting = list(points)
+        said = False
+    else:
+        assert reading.point is not None
+        fitting = _named(reading.point, points)
+        said = True
+    if reading.disk is not None:
+        having = [each for each in fitting if each.disk(reading.disk) is not None]
+        if not having:
+            return None
+        # Without a point the damaged ones are kept: the latest may be among them.
+        fitting = having if said else [each for each in fitting if each in having or _bad(each)]
+    if not fitting:
+        return None
+    if reading.group is None and reading.disk is not None and not said:
+        having_groups = {each.group for each in fitting if not _bad(each)}
+        fitting = [each for each in fitting if each.group in having_groups]
+    return Scope(reading.group, reading.disk, tuple(fitting), said)
+
+
+def _named(text: str, points: Sequence[Point]) -> list[Point]:
+    """The points an id, the beginning of one, or of a time stands for."""
+    exact = [each for each in points if each.id == text]
+    if exact:
+        return exact
+    folded = text.upper()
+    return [
+        each
+        for each in points
+        if each.id.upper().startswith(folded) or each.stamp.startswith(folded)
+    ]
+
+
+def latest_with(points: Sequence[Point], disk: str | None) -> Point | None:
+    """The newest point that has the disk, or a newer one that is damaged and might have it.
+
+    Args:
+        points: of one group, from old to new.
+        disk: None for any point.
+    """
+    for point in reversed(points):
+        if disk is None or _bad(point) or point.disk(disk) is not None:
+            return point
+    return None
+
+
+def _latest(repository: Repository, selector: str, scope: Scope) -> Selected:
+    point = latest_with(scope.points, scope.disk)
+    assert point is not None
+    if _bad(point):
+        text = f"{repository.name}: the latest point of {point.group!r}, {point.id}, is damaged"
+        raise RepositoryError(f"{text}; name an older one with @POINT, `nbdsrv ls` shows them")
+    return Selected(point, scope.disk or _only_disk(repository, selector, point))
+
+
+def _bad(point: Point) -> bool:
+    return "damaged" in point.flags
+
+
+def _only_disk(repository: Repository, selector: str, point: Point) -> str:
+    if _bad(point):
+        reason = point.facts.get("reason", "it cannot be read")
+        raise RepositoryError(f"{repository.name}: point {point.id} is damaged: {reason}")
+    if len(point.disks) != 1:
+        names = [f"{point.group}/{disk.name}" for disk in point.disks]
+        raise _several(repository, selector, "disks", names)
+    return point.disks[0].name
+
+
+def _shown(point: Point) -> str:
+    return f"{point.group}@{point.id} ({point.stamp})"
+
+
+def _several(
+    repository: Repository, selector: str, what: str, names: Sequence[str]
+) -> RepositoryError:
+    where = f"{repository.name}#{selector}" if selector else repository.name
+    if not names:
+        return PointMissing(f"{where}: the point has no {what}")
+    return RepositoryError(f"{where}: may mean several {what}: {_list(names)}; say which")
+
+
+def _missing(
+    repository: Repository,
+    selector: str,
+    groups: dict[str, Sequence[Point]],
+    every: Sequence[Point],
+) -> PointMissing:
+    """Says how far the selector leads."""
+    where = f"{repository.name}#{selector}"
+    for group in sorted(groups, key=len, reverse=True):
+        points = groups[group]
+        if points:
+            disks = sorted({disk.name for point in points for disk in point.disks})
+            stamps = f"{_shown(points[0])} to {_shown(points[-1])}"
+            text = f"{where}: no such point or disk of {group!r}"
+            return PointMissing(f"{text}; its disks are {_list(disks)}, its points {stamps}")
+    names = sorted({point.group for point in every})
+    if not names:
+        return PointMissing(f"{where}: the repository has no restore points")
+    return PointMissing(f"{where}: no such group, point or disk; the groups are {_list(names)}")
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMED])
+    more = len(names) - MAX_NAMED
+    return f"{shown} and {more} more" if more > 0 else shown or "none"
