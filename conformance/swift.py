@@ -137,6 +137,7 @@ class Swift(ObjectService):
         # The scripts pip made name the place they were made in; the interpreter does not.
         self._python = _environment() / "bin" / "python"
         self._ports = dict(zip(SERVERS, free_ports(len(SERVERS)), strict=True))
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = {name: self._home / f"{name}.log" for name in SERVERS}
         self.endpoint = f"http://127.0.0.1:{self._ports['proxy']}"
         self._configure()
@@ -164,7 +165,7 @@ class Swift(ObjectService):
     def _start(self, name: str) -> None:
         code = _SERVER.format(module="obj" if name == "object" else name, life=LIFE_S)
         words = (self._python, "-c", code, self._home / f"{name}.conf", "--verbose")
-        with self._logs[name].open("wb") as log:
+        with self._logs[name].open("ab") as log:
             process = subprocess.Popen(
                 words,
                 cwd=self._home,
@@ -173,7 +174,17 @@ class Swift(ObjectService):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._processes[name] = process
         self._context.at_end(kill_group, process)
+
+    def crash(self) -> None:
+        """SIGKILL to what answers requests; connections are refused from now on."""
+        kill_group(self._processes["proxy"])
+
+    def revive(self) -> None:
+        """Start it again, at the same place."""
+        self._start("proxy")
+        self._await()
 
     def _await(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

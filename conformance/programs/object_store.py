@@ -14,14 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from threading import Barrier
+from threading import Barrier, Timer
 
 from conformance.context import Context
 from conformance.golden import Golden, read_back
 from conformance.image import MIB
 from conformance.outcome import CheckFailedError
 from conformance.registry import Part, check, expect, expect_in
-from conformance.repository import Repository
+from conformance.repository import Repository, disk_of
 from conformance.rgw import RadosGateway
 from conformance.service import ObjectService
 from conformance.swift import Swift
@@ -31,6 +31,8 @@ from nbdsrv.store.store import Store, StoreError
 
 BUCKET = "nbdsrv-conformance"
 PREFIX = "some/prefix"
+CRASH_S = 0.6
+"""Seconds after which a service is gone: an interpreter has started, a backup has begun."""
 RACING = "check_races"
 """The contract's check that of several creators at once one wins: see ``creators``."""
 
@@ -198,6 +200,33 @@ def _reading_alone(service: ObjectService) -> None:
         expect(errno.ENOENT, error.errno, "errno of a missing object")
     finally:
         store.close()
+
+
+@check("Swift", "crash and return", needs=("nbdcopy",), part=Part.REPOSITORY)
+def crash(context: Context) -> None:
+    """Gone in the middle of a backup: one line, nothing half made; back again: all goes on."""
+    service = Swift(context)
+    service.create_bucket(BUCKET)
+    repo = Repository(context, f"repo+s3://{BUCKET}/{PREFIX}", service.environment())
+    repo.init()
+    source = random.Random(2)
+    disk = context.directory / "disk.img"
+    repo.backup(disk, disk_of(disk, 64 * MIB, source))
+    server = repo.serve()
+    digest = disk_of(disk, 64 * MIB, source)
+    timer = Timer(CRASH_S, service.crash)
+    timer.start()
+    try:
+        repo.refused(*repo.backup_words(disk), saying="connection refused")
+    finally:
+        timer.join()
+    for words in (("ls", repo.target), ("gc", repo.target), ("verify", repo.target)):
+        repo.refused(*words, saying="connection refused")
+    expect(1, context.run("nbdinfo", server.uri(repo.export()), code=None).code, "nbdinfo's code")
+    service.revive()
+    expect(1, len(repo.prove(server)), "points after the crash")
+    repo.backup(disk, digest)
+    expect(2, len(repo.prove(server)), "points after the next backup")
 
 
 _register()

@@ -80,7 +80,7 @@ class _Job:
 @click.option(
     "--level",
     type=click.IntRange(0, MAX_LEVEL),
-    default=1,
+    default=2,
     show_default=True,
     help="Of zstd; 0 stores as it is.",
 )

@@ -1,6 +1,8 @@
 """``nbdsrv gc``: give back what no restore point needs."""
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -88,12 +90,21 @@ def collected(
     Raises:
         DiskError: as ``collect``.
     """
-    done = collect(vault, grace_s=grace_s, repack_below=repack_below, dry_run=dry_run)
+    done = collect(
+        vault, grace_s=grace_s, repack_below=repack_below, dry_run=dry_run, tell=_tell(quiet=quiet)
+    )
     if not quiet:
         _print(done, dry_run=dry_run)
     facts = asdict(done)
     facts["missing"] = [each._asdict() for each in done.missing]
     return facts
+
+
+def _tell(*, quiet: bool) -> Callable[[str], None]:
+    """Steps, for who waits at a terminal."""
+    if quiet or not sys.stderr.isatty():
+        return lambda _: None
+    return lambda step: click.echo(f"{step} ...", err=True)
 
 
 def _print(done: Collected, *, dry_run: bool) -> None:

@@ -11,6 +11,7 @@ from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.quantities import parse_size
 from nbdsrv.cli.running import running_workers
 from nbdsrv.cli.words import human
+from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.repository.native.damage import Finding
@@ -85,7 +86,8 @@ def verify(
         raise ConfigError(f"{repository}: --without-key goes with --level packs and no selector")
     vault = open_keyless(source) if without_key else open_vault(source)
     try:
-        done = _verified(vault, source, level, budget, keyless=without_key)
+        with progress("verifying", quiet=quiet) as advance:
+            done = _verified(vault, source, level, budget, advance, keyless=without_key)
     finally:
         vault.close()
     if as_json:
@@ -99,11 +101,24 @@ def verify(
 
 
 def _verified(
-    vault: Vault, source: Source, level: str, budget: Budget, *, keyless: bool
+    vault: Vault,
+    source: Source,
+    level: str,
+    budget: Budget,
+    advance: Advance | None,
+    *,
+    keyless: bool,
 ) -> Verified:
     chosen = uvloop.run(_chosen(source)) if source.selector else None
     keyless = keyless and vault.config.cipher is not None
-    return verify_vault(vault, level, chosen=chosen, budget=budget, keyless=keyless)
+    return verify_vault(
+        vault,
+        level,
+        chosen=chosen,
+        budget=budget,
+        keyless=keyless,
+        advance=advance or (lambda _, __: None),
+    )
 
 
 async def _chosen(source: Source) -> Chosen:

@@ -15,11 +15,12 @@ import os
 from struct import Struct
 from time import monotonic
 
-__all__ = ["NEVER", "Residency", "make_resident"]
+__all__ = ["NEVER", "Residency", "inline_flags", "make_resident"]
 
 NEVER = -1
 """``Residency.inline`` of a file that can only be read where blocking is allowed."""
 
+_MEMORY_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _STRIDE = 1 << 16
 _scratch = memoryview(bytearray(_STRIDE))
 _iovecs = {count: [_scratch] * count for count in range(1, 65)}
@@ -117,3 +118,29 @@ def make_resident(fd: int, position: int, length: int) -> None:
         if not count:
             return
         done += count
+
+
+def inline_flags(fd: int) -> int:
+    """How this file may be read on the event loop; decided once (see ``Residency.inline``)."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return os.RWF_NOWAIT
+    except OSError:
+        return 0 if _filesystem_of(fd) in _MEMORY_FILESYSTEMS else NEVER
+    return os.RWF_NOWAIT
+
+
+def _filesystem_of(fd: int) -> str:
+    """Type of the file system that holds ``fd``, from /proc/self/mountinfo; "" if unknown."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                head, _, tail = line.partition(" - ")
+                if head.split()[2] == wanted:
+                    return tail.split()[0]
+    except OSError:
+        pass  # no /proc, or no descriptor left
+    return ""

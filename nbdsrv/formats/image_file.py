@@ -16,7 +16,7 @@ import errno as os_errno
 import os
 import stat
 
-from nbdsrv.disk.residency import NEVER, Residency
+from nbdsrv.disk.residency import Residency, inline_flags
 from nbdsrv.disk.runs import FileRun
 from nbdsrv.errors import CorruptImage, DiskError
 
@@ -24,8 +24,6 @@ __all__ = ["MAX_METADATA", "ImageFile", "open_image_file"]
 
 MAX_METADATA = 32 << 20
 """Bytes of metadata read in one go; nothing any format needs at once is larger."""
-
-_MEMORY_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 
 class ImageFile:
@@ -52,7 +50,7 @@ class ImageFile:
         self.size = size
         self.device = device
         self.writable = writable
-        self.residency = Residency(_inline_flags(fd))
+        self.residency = Residency(inline_flags(fd))
 
     def part(self, base: int, size: int, name: str) -> "ImageFile":
         """A range of this file as a file of its own, with its own descriptor.
@@ -155,29 +153,3 @@ def open_image_file(path: str, *, writable: bool = False) -> ImageFile:
     except BaseException:
         os.close(fd)
         raise
-
-
-def _inline_flags(fd: int) -> int:
-    """How this file may be read on the event loop; decided once (see ``Residency.inline``)."""
-    try:
-        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return os.RWF_NOWAIT
-    except OSError:
-        return 0 if _filesystem_of(fd) in _MEMORY_FILESYSTEMS else NEVER
-    return os.RWF_NOWAIT
-
-
-def _filesystem_of(fd: int) -> str:
-    """Type of the file system that holds ``fd``, from /proc/self/mountinfo; "" if unknown."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
-            for line in table:
-                head, _, tail = line.partition(" - ")
-                if head.split()[2] == wanted:
-                    return tail.split()[0]
-    except OSError:
-        pass  # no /proc, or no descriptor left
-    return ""

@@ -90,6 +90,11 @@ class DirectoryStore(Store):
                 raise StoreError(f"{path}: {length} bytes at {offset}, but it has {size}")
             return _read(fd, path, offset, length)
 
+    def open_file(self, key: str) -> int | None:
+        path = self._path(key)
+        with _named(path), _opened(path) as (fd, _):
+            return os.dup(fd)
+
     def list(self, prefix: str) -> Iterator[Stored]:
         check_prefix(self.name, prefix)
         return self._listing(prefix)

@@ -169,7 +169,7 @@ def test_a_budget_is_kept_and_resumed(place: Path) -> None:
             break
         assert facts["read_bytes"] <= 600 * 1024 + 7 * CHUNK
     assert facts["completed"]
-    assert facts["packs"] <= seen <= facts["packs"] + 3
+    assert facts["packs"] <= seen < 2 * facts["packs"]  # the last run has begun another round
 
 
 def test_verify_without_the_key(place: Path) -> None:

@@ -43,7 +43,7 @@ DEFAULT_REPACK = 50
 MARGIN_S = 3600.0
 """A lease that was taken up to so long after a tombstone counts as older: a store whose listings
 lag may have shown its holder no tombstone."""
-AT_ONCE = 256
+AT_ONCE = 64
 """Objects that are deleted between two looks at our lease."""
 
 

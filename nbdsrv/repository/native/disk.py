@@ -5,8 +5,8 @@
     guest    |  zeroes  | chunk 5 | chunk 6 | zeroes | chunk 9 | ...
     slots    |  0  |  0 |   id    |   id    |   0    |   id    |      ``pages``, in memory
     runs     | ZeroRun  |BlockRun 5|BlockRun 6| ...                   ``locate``
-                             |
-             vault.chunk: read, decrypted, unpacked, proven           threads, once
+                             |        or one frame of it
+             chunk_reader: read, decrypted, unpacked, proven          threads, once
 
 Damage spoils its own range: a chunk that is not what its id says is EIO for its bytes, a page of
 the map that cannot be read for those it stands for; everything else is served.
@@ -25,7 +25,9 @@ from nbdsrv.disk.runs import BlockRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.changes import changes
+from nbdsrv.repository.native.chunk_reader import ChunkReader
 from nbdsrv.repository.native.entry import Kind
+from nbdsrv.repository.native.frames import FRAME
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.pages import Pages
 from nbdsrv.repository.native.point import DiskRecord, PointRecord
@@ -105,7 +107,10 @@ class PointDisk(Disk):
         self._root = root
         self._chunk = root.chunk_size
         self._slots = root.page_slots
-        self._blocks = Blocks(workers.cache, self._decode)
+        # Of each chunk: itself, and its frames.
+        self._stride = 1 + -(-root.chunk_size // FRAME)
+        self._reader = ChunkReader(vault)
+        self._blocks = Blocks(workers.cache, self._decode, self._at_hand)
         self._distant = vault.store if isinstance(vault.store, SpanStore) else None
         self._sweeps = Sweeps(self.pages, self._distant) if self._distant else None
         self._others = others
@@ -148,7 +153,15 @@ class PointDisk(Disk):
             return None
         if page.zeroes[key % self._slots]:
             return (ZeroRun(length),)
-        return (BlockRun(self._blocks, key, skip, length),)
+        return (self._run(key, skip, length),)
+
+    def _run(self, chunk: int, skip: int, length: int) -> BlockRun:
+        """A frame for what lies within one; else the whole chunk, or where that is there anyway."""
+        key = chunk * self._stride
+        frame, inside = divmod(skip, FRAME)
+        if inside + length > FRAME or self._stride == 2 or key in self._blocks.held:
+            return BlockRun(self._blocks, key, skip, length)
+        return BlockRun(self._blocks, key + 1 + frame, inside, length)
 
     def _locate(self, offset: int, length: int) -> Sequence[Run] | None:
         runs: list[Run] = []
@@ -167,7 +180,7 @@ class PointDisk(Disk):
                 if zeroes:
                     runs.append(ZeroRun(zeroes))
                     zeroes = 0
-                runs.append(BlockRun(self._blocks, key, skip, part))
+                runs.append(self._run(key, skip, part))
             at += part
         if zeroes:
             runs.append(ZeroRun(zeroes))
@@ -201,18 +214,28 @@ class PointDisk(Disk):
             await self.workers.run(self.pages.load, number, ahead)
 
     def _decode(self, key: int) -> bytes:
-        """The chunk of that number, in a thread."""
-        root = self._root
-        number, index = divmod(key, self._slots)
+        """A chunk or one of its frames, in a thread."""
+        chunk, part = divmod(key, self._stride)
+        number, index = divmod(chunk, self._slots)
         page = self.pages.get(number)
-        length = min(self._chunk, root.size - key * self._chunk)
+        length = min(self._chunk, self._root.size - chunk * self._chunk)
         id_ = page.id(index)
         if id_ == ZERO_ID:  # its page was lost when it was located
-            return bytes(length)
+            return bytes(length if not part else min(FRAME, length - (part - 1) * FRAME))
         if self._sweeps is not None:
-            self._sweeps.before(key)
-        content = self._vault.chunk(id_, page.place(index), length)
-        return content if isinstance(content, bytes) else bytes(content)
+            self._sweeps.before(chunk)
+        if not part:
+            return self._reader.chunk(id_, page.place(index), length)
+        return self._reader.frame(id_, page.place(index), length, part - 1)
+
+    def _at_hand(self, key: int) -> bool:
+        """Is it a frame that can be unpacked now?"""
+        chunk, part = divmod(key, self._stride)
+        number, index = divmod(chunk, self._slots)
+        held = self.pages.peek(number)
+        if not part or held is None or held.page is None or held.zeroes[index]:
+            return False
+        return self._reader.at_hand(held.page.place(index), part - 1)
 
     async def cache(self, offset: int, length: int) -> None:
         """Decode the chunks of the range, so that they are in memory."""
@@ -306,6 +329,7 @@ class PointDisk(Disk):
             return
         self._closed = True
         self._blocks.close()
+        self._reader.close()
         self.pages.clear()
         self._compared.clear()
         await self._release()

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 from nbdsrv.copying.survey import DataMap
 from nbdsrv.copying.zeroes import is_zero
 from nbdsrv.errors import DiskError
+from nbdsrv.repository.native.frames import encode_frames
 from nbdsrv.repository.native.hashing import ID_SIZE
 from nbdsrv.repository.native.map_writer import MapWriter
 from nbdsrv.repository.native.pack_writer import Filled, PackWriter
-from nbdsrv.repository.native.sealing import Codec, compress
+from nbdsrv.repository.native.sealing import Codec
 from nbdsrv.repository.native.stock import Stock
 from nbdsrv.repository.repository import DiskWriter, WriteSummary
-from nbdsrv.store.store import Data
 
 __all__ = ["NativeDiskWriter"]
 
@@ -36,8 +36,7 @@ class _Fresh(NamedTuple):
     chunk: int
     id: bytes
     length: int
-    codec: Codec = Codec.RAW
-    body: Data | None = None
+    body: bytes | None = None
 
 
 class _Findings(NamedTuple):
@@ -179,10 +178,8 @@ class NativeDiskWriter(DiskWriter):
                     elif stock.find(id_):
                         fresh.append(_Fresh(chunk, id_, end - start))
                     else:
-                        codec, body = compress(part, stock.level)
-                        if codec is Codec.RAW:
-                            body = bytes(part)
-                        fresh.append(_Fresh(chunk, id_, end - start, codec, body))
+                        body = encode_frames(part, id_, stock.level)
+                        fresh.append(_Fresh(chunk, id_, end - start, body))
                     part.release()
                 chunk += 1
         return _Findings(zeroes, fresh, length, zero_bytes, unchanged_bytes)
@@ -197,14 +194,14 @@ class NativeDiskWriter(DiskWriter):
             summary.unchanged_bytes += found.unchanged_bytes
             for chunk in found.zeroes:
                 self.map.zero(chunk, chunk + 1)
-            for chunk, id_, length, codec, body in found.fresh:
+            for chunk, id_, length, body in found.fresh:
                 slot = stock.slot(id_)
                 if slot is not None:
                     summary.duplicate_bytes += length
                 else:
                     assert body is not None, "what was stored stays so"
                     before = stock.chunks.new_bytes
-                    slot = stock.add(id_, codec, length, body)
+                    slot = stock.add(id_, Codec.FRAMES, length, body)
                     summary.new_bytes += stock.chunks.new_bytes - before
                     full += stock.full()
                 self.map.set(chunk, slot)

@@ -15,9 +15,17 @@ import errno as os_errno
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.repository.native.entry import ENTRY_SIZE, MAX_CONTENT, Kind, Place, open_entry
+from nbdsrv.repository.native.entry import (
+    ENTRY_SIZE,
+    MAX_CONTENT,
+    Kind,
+    Place,
+    entry_body,
+    open_entry,
+)
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.layout import meta_key, pack_key
 from nbdsrv.repository.native.pack import HEADER_SIZE, MAX_PACK, parse_header
@@ -92,6 +100,26 @@ class Entries:
             ObjectMissing: nor is the pack.
             StoreError: the store does not answer.
         """
+        with self._opening(kind, place) as (seal, data):
+            return open_entry(seal, self._hashing, id_, kind, data)
+
+    def body_there(self, kind: Kind, id_: bytes, place: Place, length: int) -> Data:
+        """The body of an entry whose content has ``length`` bytes, from that very place.
+
+        It is decrypted and still encoded, and not proven to be what its id says.
+
+        Raises:
+            as ``read_there``.
+        """
+        with self._opening(kind, place) as (seal, data):
+            entry, body = entry_body(seal, id_, kind, data)
+            if entry.ulen != length:
+                raise BrokenPayload(f"the content has {entry.ulen} bytes, not {length}")
+            return body
+
+    @contextmanager
+    def _opening(self, kind: Kind, place: Place) -> Iterator[tuple[Seal, Data]]:
+        """The key for an entry and its bytes; what is broken about it is told with its place."""
         key = key_of(kind, place.pack)
         if not (
             HEADER_SIZE <= place.offset < MAX_PACK and 0 <= place.length <= MAX_CONTENT + TAG_SIZE
@@ -101,8 +129,7 @@ class Entries:
             raise CorruptImage(text)
         data = self._store.get_range(key, place.offset, ENTRY_SIZE + place.length)
         try:
-            seal = self._plain or self._seal(key)
-            return open_entry(seal, self._hashing, id_, kind, data)
+            yield self._plain or self._seal(key), data
         except BrokenPayload as error:
             with self._lock:
                 # What failed may be the salt: the next read looks at the pack's header again.

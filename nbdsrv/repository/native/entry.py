@@ -15,6 +15,7 @@ import zlib
 from enum import IntEnum
 from typing import NamedTuple
 
+from nbdsrv.repository.native.frames import expand_frames
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.sealing import BrokenPayload, Codec, Seal, expand
 from nbdsrv.store.store import Data
@@ -25,6 +26,8 @@ __all__ = [
     "Entry",
     "Kind",
     "Place",
+    "check_entry",
+    "content_of",
     "enclose",
     "entry_body",
     "open_entry",
@@ -98,6 +101,19 @@ def parse_entry(data: Data, at: int = 0) -> Entry | None:
     return Entry(codec, kind, ulen, clen, id_, number)
 
 
+def check_entry(data: Data, id_: bytes, kind: Kind, ulen: int, clen: int) -> None:
+    """Does that entry begin there? ``data`` is at least its header.
+
+    Raises:
+        BrokenPayload: it does not.
+    """
+    entry = parse_entry(data)
+    if entry is None:
+        raise BrokenPayload("no entry begins there")
+    if (entry.id, entry.kind, entry.ulen, entry.clen) != (id_, kind, ulen, clen):
+        raise BrokenPayload("another entry lies there")
+
+
 def entry_body(seal: Seal, id_: bytes, kind: Kind, data: Data) -> tuple[Entry, Data]:
     """Header and body of an entry, decrypted and still encoded: what another pack can take.
 
@@ -122,6 +138,17 @@ def entry_body(seal: Seal, id_: bytes, kind: Kind, data: Data) -> tuple[Entry, D
     return entry, seal.open(entry.number, bytes(view[: _HEAD.size]), payload)
 
 
+def content_of(entry: Entry, body: Data) -> Data:
+    """The content in a body. That it is what the id names is not proven.
+
+    Raises:
+        BrokenPayload: there is none in it.
+    """
+    if entry.codec == Codec.FRAMES:
+        return expand_frames(body, entry.id, entry.ulen)
+    return expand(entry.codec, body, entry.ulen)
+
+
 def open_entry(seal: Seal, hashing: Hashing, id_: bytes, kind: Kind, data: Data) -> Data:
     """The content of an entry, proven to be what ``id_`` names.
 
@@ -136,7 +163,7 @@ def open_entry(seal: Seal, hashing: Hashing, id_: bytes, kind: Kind, data: Data)
         BrokenPayload: it is not.
     """
     entry, body = entry_body(seal, id_, kind, data)
-    content = expand(entry.codec, body, entry.ulen)
+    content = content_of(entry, body)
     if hashing.id_of(content) != id_:
         raise BrokenPayload("its content is not what its id says")
     return content

@@ -158,22 +158,31 @@ class Index:
         """One record."""
         self._small.setdefault(id_, []).append((place, kind))
 
-    def find(self, id_: bytes) -> Place | None:
-        """Where content of that id lies, in a usable pack."""
-        for place in self.find_all(id_):
-            return place
+    def find(self, id_: bytes, kind: int) -> Place | None:
+        """Where content of that id lies as an entry of that kind, in a usable pack.
+
+        The kind counts: packs of chunks and of pages are kept apart, and a disk may hold what
+        happens to be a page of some map.
+        """
+        for place, found in self._find(id_):
+            if found == kind:
+                return place
         return None
 
     def find_all(self, id_: bytes) -> Iterator[Place]:
-        """Everywhere it lies, in usable packs."""
+        """Everywhere it lies, in usable packs of whatever kind."""
+        for place, _ in self._find(id_):
+            yield place
+
+    def _find(self, id_: bytes) -> Iterator[tuple[Place, int]]:
         usable = self.usable
-        for place, _ in self._small.get(id_, ()):
+        for place, kind in self._small.get(id_, ()):
             if usable is None or place.pack in usable:
-                yield place
+                yield place, kind
         for segment in self._segments:
-            for place, _ in segment.find(id_):
+            for place, kind in segment.find(id_):
                 if usable is None or place.pack in usable:
-                    yield place
+                    yield place, kind
 
     def __iter__(self) -> Iterator[tuple[bytes, Place, int]]:
         """(id, place, kind) of everything in usable packs, in no order."""

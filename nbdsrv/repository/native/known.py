@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.repository.native.entry import Place
+from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.index import Index, Segment
 from nbdsrv.repository.native.layout import pack_of
 from nbdsrv.repository.native.pack import Listed
@@ -33,8 +33,7 @@ class Known:
     """Content that need not be stored again. Thread-safe; blocking.
 
     Attributes:
-        condemned: names of packs that must not be used, 32 bytes each; those that verification
-            found damaged are among them, so that what they held is stored anew.
+        shunned: names of packs that must not be used, 32 bytes each: condemned, or damaged.
     """
 
     def __init__(self, vault: Vault) -> None:
@@ -56,9 +55,9 @@ class Known:
             self._list()
         return pack in self._usable
 
-    def find(self, id_: bytes) -> Place | None:
-        """Where content of that id lies, in a usable pack."""
-        return self._loaded().find(id_)
+    def find(self, id_: bytes, kind: Kind = Kind.CHUNK) -> Place | None:
+        """Where content of that id and kind lies, in a usable pack."""
+        return self._loaded().find(id_, kind)
 
     def add(self, segment: Segment) -> None:
         """What this writer has stored itself."""

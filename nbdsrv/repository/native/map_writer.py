@@ -16,6 +16,7 @@ has the content is *wanted*: without it nothing is committed.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.native.entry import MAX_CONTENT, Kind, Place
@@ -26,6 +27,7 @@ from nbdsrv.repository.native.parent_map import ParentMap, ParentPage
 from nbdsrv.repository.native.sealing import Codec, compress, expand
 from nbdsrv.repository.native.slots import MAX_SIZE, SLOT, SLOT_SIZE, Page, Root, encode_page
 from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.native.wanted import Wanted
 from nbdsrv.store.store import Data
 
 __all__ = ["ZERO_SLOT", "MapWriter"]
@@ -36,6 +38,8 @@ MAX_OPEN = 64
 MAX_WAITING = 512
 """Pages with slots in packs that have no name, 12 MiB: then the open pack is closed as it is. Only
 small chunks far apart, a few in each page, ever are so many."""
+AHEAD = 16
+"""Pages read at a time where all must be looked at: of a distant store each takes 20 ms."""
 ROOT_ROW = SLOT_SIZE + ID_SIZE
 
 
@@ -86,8 +90,7 @@ class MapWriter:
         self._named = 0
         self._recent: dict[int, dict[int, tuple[Codec, Data, int]]] = {}
         """By number of the meta pack that is not put yet: its pages, to read them again."""
-        self._wanted: dict[int, int] = {}
-        """By page: the slots the source must give, as bits."""
+        self._wanted = Wanted(config.chunk_size, config.page_slots, size)
         self._written = bytearray(self._count)
         self._slots = bytearray()
         self._contents = bytearray()
@@ -98,19 +101,18 @@ class MapWriter:
         for page in range(parent.covered // self._page_slots, self._count):
             first = page * self._page_slots
             end = first + self._slots_of(page)
-            start = min(max(first, parent.covered), end)
-            if start < end:
-                self._wanted[page] = ((1 << end - start) - 1) << start - first
+            self._wanted.add(page, max(parent.covered - first, 0), end - first)
         if not self._known.shunned:
             return
-        for page in range(min(self._count, len(parent.root))):
-            if parent.is_zero(page):
-                continue
-            found = parent.page(page)
-            usable = self._known.usable(parent.root.pages.place(page).pack)
-            if found.page is None or found.bad or not usable:
-                self.open(page)
-                self.relieve()
+        there = [n for n in range(min(self._count, len(parent.root))) if not parent.is_zero(n)]
+        with ThreadPoolExecutor(AHEAD, "nbdsrv-pages") as crew:
+            for at in range(0, len(there), AHEAD):
+                some = there[at : at + AHEAD]
+                for page, found in zip(some, crew.map(parent.page, some), strict=True):
+                    usable = self._known.usable(parent.root.pages.place(page).pack)
+                    if found.page is None or found.bad or not usable:
+                        self.open(page)
+                        self.relieve()
 
     # --- changes -------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class MapWriter:
         page, index = divmod(chunk, self._page_slots)
         slots = self.open(page)
         slots[index * SLOT_SIZE : (index + 1) * SLOT_SIZE] = slot
-        self._given(page, index, index + 1)
+        self._wanted.discard(page, index, index + 1)
         _, number, offset, _, _ = SLOT.unpack(slot)
         if offset and not self._packs.names[number]:
             self._wait(page, number)
@@ -130,7 +132,7 @@ class MapWriter:
             page, index = divmod(first, self._page_slots)
             count = min(end - first, self._slots_of(page) - index)
             self._zero(page, index, index + count)
-            self._given(page, index, index + count)
+            self._wanted.discard(page, index, index + count)
             first += count
 
     def _zero(self, page: int, start: int, stop: int) -> None:
@@ -150,34 +152,9 @@ class MapWriter:
         parent = self.parent
         return parent is None or page >= len(parent.root) or parent.is_zero(page)
 
-    def _given(self, page: int, start: int, stop: int) -> None:
-        wanted = self._wanted.get(page)
-        if wanted is None:
-            return
-        wanted &= ~(((1 << stop - start) - 1) << start)
-        if wanted:
-            self._wanted[page] = wanted
-        else:
-            del self._wanted[page]
-
     def wanted(self) -> Iterator[tuple[int, int]]:
         """(offset, length) of what the source must give, ascending, neighbours merged."""
-        begin = end = 0
-        for page in sorted(self._wanted):
-            bits, first = self._wanted[page], page * self._page_slots
-            while bits:
-                skip = (bits & -bits).bit_length() - 1
-                run = bits >> skip
-                count = (~run & run + 1).bit_length() - 1
-                start = (first + skip) * self._chunk_size
-                if start != end:
-                    if begin < end:
-                        yield begin, end - begin
-                    begin = start
-                end = min((first + skip + count) * self._chunk_size, self.size)
-                bits &= ~(((1 << count) - 1) << skip)
-        if begin < end:
-            yield begin, end - begin
+        return self._wanted.ranges()
 
     # --- pages ---------------------------------------------------------------------------------
 
@@ -208,8 +185,7 @@ class MapWriter:
         first = page * self._page_slots
         covered = min(parent.covered - first, self._slots_of(page))
         if found.page is None:
-            if covered > 0:
-                self._wanted[page] = self._wanted.get(page, 0) | (1 << covered) - 1
+            self._wanted.add(page, 0, covered)
             return slots
         for index, id_, place in found.page.places():
             if index >= covered:
@@ -218,7 +194,7 @@ class MapWriter:
             if found.bad and not self._known.usable(place.pack):
                 kept = self._known.find(id_)
                 if kept is None:
-                    self._wanted[page] = self._wanted.get(page, 0) | 1 << index
+                    self._wanted.add(page, index, index + 1)
                     continue
             assert kept is not None
             self._place(slots, index, id_, kept)
@@ -295,7 +271,7 @@ class MapWriter:
         self, kind: Kind, id_: bytes, data: bytes, page: int
     ) -> tuple[bytes, int, int, int, int]:
         """A slot for a page or root, which is stored unless there is the same already."""
-        place = self._known.find(id_)
+        place = self._known.find(id_, kind)
         if place is not None:
             return id_, self._metas.number(place.pack), *place[1:]
         codec, body = compress(data)

@@ -128,7 +128,10 @@ def prune(
         _spare(done, now, _read_now(vault, lease.record.opened), force=force)
         _mark_damaged(done, delete=damaged)
         for record in done.deleted:
-            vault.store.delete(point_key(record.group, record.id))
+            # Asked again each time: who opens a point takes its lease first, then looks for it.
+            read = {} if force else _read_now(vault, lease.record.opened)
+            if _is_idle(done.fates[record.group], record, read):
+                vault.store.delete(point_key(record.group, record.id))
         for each in done.damaged:
             if each.deleted:
                 vault.store.delete(each.key)
@@ -161,6 +164,16 @@ def _spare(done: Pruned, now: float, read: dict[str, str], *, force: bool) -> No
                 fate.spared = f"locked until {until}"
             elif not force and f"{point.group}/{point.id}" in read:
                 fate.spared = f"it is being read on {read[f'{point.group}/{point.id}']}"
+
+
+def _is_idle(fates: list[Fate], record: PointRecord, read: dict[str, str]) -> bool:
+    """May the point still go?"""
+    where = read.get(f"{record.group}/{record.id}")
+    if where is not None:
+        for fate in fates:
+            if fate.point is record:
+                fate.spared = f"it is being read on {where}"
+    return where is None
 
 
 def _read_now(vault: Vault, now: float) -> dict[str, str]:

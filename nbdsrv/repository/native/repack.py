@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.census import Row, encode_parts, put_parts
-from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, entry_body
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, content_of, entry_body
 from nbdsrv.repository.native.layout import meta_key, pack_key
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
@@ -26,7 +26,7 @@ from nbdsrv.repository.native.pack import (
     PackKind,
     parse_header,
 )
-from nbdsrv.repository.native.sealing import BrokenPayload, Codec, Seal, expand
+from nbdsrv.repository.native.sealing import BrokenPayload, Codec, Seal
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.store import Data, ObjectMissing, Stored, StoreError
 
@@ -100,7 +100,7 @@ def _moved(vault: Vault, seal: Seal, row: Listed, data: Data) -> Moved:
         raise BrokenPayload(f"at {row.offset}: an entry of kind {row.kind}")
     kind = Kind(row.kind)
     entry, body = entry_body(seal, row.id, kind, data)
-    if vault.hashing.id_of(expand(entry.codec, body, entry.ulen)) != row.id:
+    if vault.hashing.id_of(content_of(entry, body)) != row.id:
         raise BrokenPayload(f"at {row.offset}: its content is not what its id says")
     return kind, Codec(entry.codec), entry.ulen, row.id, body
 

@@ -2,7 +2,8 @@
 
 ::
 
-    content ── zstd, if it saves 5 % ──> body ── AES-256-GCM ──> payload
+    chunk ──── frames ─────────────────> body ── AES-256-GCM ──> payload
+    page .. ── zstd, if it saves 5 % ──>  "
                                                   key    HKDF-SHA256(master, salt of the pack)
                                                   nonce  number of the entry in its pack, 96 bits
                                                   data   the entry's header
@@ -12,7 +13,6 @@ A fresh 256-bit salt in each pack means a fresh key in each pack: a counter is n
 nothing repeats however much is written.
 """
 
-import threading
 from enum import IntEnum
 
 import zstandard
@@ -21,6 +21,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from nbdsrv.repository.native.zstd import (
+    DEFAULT_LEVEL,
+    WORTH,
+    BrokenPayload,
+    compressor,
+    decompressor,
+)
 from nbdsrv.store.store import Data
 
 __all__ = [
@@ -39,14 +46,6 @@ __all__ = [
 CIPHER = "aes-256-gcm"
 KEY_SIZE = 32
 TAG_SIZE = 16
-DEFAULT_LEVEL = 1
-"""Half a gigabyte per second and core; higher levels take two to ten times that for a tenth."""
-WORTH = 20
-"""Compression must save one part in so many; less is not worth unpacking."""
-
-
-class BrokenPayload(Exception):
-    """It is not what was sealed. Whoever knows where it lies makes it an error that says so."""
 
 
 class Codec(IntEnum):
@@ -54,36 +53,20 @@ class Codec(IntEnum):
 
     RAW = 0
     ZSTD = 1
-
-
-class _Contexts(threading.local):
-    """zstd's contexts: costly to make, and for one thread at a time."""
-
-    def __init__(self) -> None:
-        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
-        self.decompressor = zstandard.ZstdDecompressor()
-
-    def compressor(self, level: int) -> zstandard.ZstdCompressor:
-        found = self.compressors.get(level)
-        if found is None:
-            found = self.compressors[level] = zstandard.ZstdCompressor(level=level)
-        return found
-
-
-_contexts = _Contexts()
+    FRAMES = 2
 
 
 def compress(content: Data, level: int = DEFAULT_LEVEL) -> tuple[Codec, Data]:
     """The shorter way to store ``content``; level 0 is not to try."""
     if level:
-        body = _contexts.compressor(level).compress(content)
+        body = compressor(level).compress(content)
         if len(body) < len(content) - len(content) // WORTH:
             return Codec.ZSTD, body
     return Codec.RAW, content
 
 
 def expand(codec: int, body: Data, length: int) -> Data:
-    """The content, of exactly ``length`` bytes.
+    """The content, of exactly ``length`` bytes; ``frames`` has the way for chunks.
 
     Raises:
         BrokenPayload: it is none, or longer or shorter.
@@ -95,7 +78,7 @@ def expand(codec: int, body: Data, length: int) -> Data:
             # The frame's own word for its size is what would be allocated: ask before.
             if zstandard.frame_content_size(body) != length:
                 raise BrokenPayload("a zstd frame of another length")
-            content = _contexts.decompressor.decompress(body)
+            content = decompressor().decompress(body)
         except zstandard.ZstdError as error:
             raise BrokenPayload(f"zstd: {error}") from error
     else:

@@ -111,6 +111,7 @@ def verify(
     budget: Budget = UNLIMITED,
     keyless: bool = False,
     tell: Callable[[str], None] = lambda _: None,
+    advance: Callable[[int, int], None] = lambda _, __: None,
 ) -> Verified:
     """Verify a repository, or what some of its points refer to.
 
@@ -121,6 +122,7 @@ def verify(
         budget: when to stop reading packs.
         keyless: the vault has no key, though it should: packs are hashed, nothing else.
         tell: of each step; for people.
+        advance: called with the bytes of packs that have been read, and those that will be.
 
     Raises:
         StoreError: the store does not answer.
@@ -128,7 +130,7 @@ def verify(
     run = _Run(vault, level, chosen, budget, keyless=keyless, tell=tell)
     run.structure()
     if level != "structure":
-        run.read_packs()
+        run.read_packs(advance)
     run.conclude()
     return run.done
 
@@ -221,7 +223,7 @@ class _Run:
 
     # --- packs ---------------------------------------------------------------------------------
 
-    def read_packs(self) -> None:
+    def read_packs(self, advance: Callable[[int, int], None]) -> None:
         """Read packs: those known to be damaged, then those that were checked longest ago."""
         packs = self._packs()
         state = self._scrubbing.round(self._level) if self._chosen is None else Round()
@@ -233,8 +235,11 @@ class _Run:
         end = max((stored.key for stored in turn), key=_name_of, default="")
         self.done.completed = not turn
         self._tell("packs")
-        for examined in self._examined([*again.values(), *turn][: max(wanted, len(again))]):
+        chosen = [*again.values(), *turn][: max(wanted, len(again))]
+        total = sum(stored.size for stored in chosen)
+        for examined in self._examined(chosen):
             self._account(examined)
+            advance(self.done.read_bytes, min(total, self._budget.bytes or total))
             if examined.stored.key not in again:
                 state.cursor = examined.name.hex()
             if examined.stored.key == end:

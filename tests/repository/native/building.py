@@ -15,6 +15,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.repository.native.config import RepositoryConfig
 from nbdsrv.repository.native.disk import PointDisk
 from nbdsrv.repository.native.entry import Kind, Place
+from nbdsrv.repository.native.frames import encode_frames
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.index import encode_segment
 from nbdsrv.repository.native.layout import (
@@ -29,11 +30,11 @@ from nbdsrv.repository.native.listing import described
 from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref, encode_point
 from nbdsrv.repository.native.repository import NativeRepository
-from nbdsrv.repository.native.sealing import compress
+from nbdsrv.repository.native.sealing import Codec, compress
 from nbdsrv.repository.native.slots import SLOT, SLOT_SIZE, Page, Root, encode_page
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import Store
+from nbdsrv.store.store import Data, Store
 
 __all__ = ["CHUNK", "PAGE_SLOTS", "Building", "open_disk"]
 
@@ -125,7 +126,11 @@ class Building:
         for index, (id_, content) in enumerate(zip(ids, contents, strict=True)):
             if id_ != ZERO_ID and id_ not in self.places:
                 pack = pack or Pack(pack_kind, vault.repository, vault.sealing, vault.hashing)
-                codec, body = compress(content, self.level)
+                if kind == Kind.CHUNK:
+                    codec = Codec.FRAMES
+                    body: Data = encode_frames(memoryview(content), id_, self.level)
+                else:
+                    codec, body = compress(content, self.level)
                 row = pack.add(kind, codec, len(content), id_, body)
                 self.places[id_] = row.place(b"")
             full = pack is not None and pack.size >= self.pack_bytes

@@ -9,16 +9,17 @@ from uuid import UUID
 
 from nbdsrv.repository.native.config import RepositoryConfig
 from nbdsrv.repository.native.entry import Kind, Place
+from nbdsrv.repository.native.frames import encode_frames
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.index import encode_segment
 from nbdsrv.repository.native.layout import index_key, meta_key, new_ulid, pack_key, point_key
 from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref, encode_point
-from nbdsrv.repository.native.sealing import CIPHER, compress
+from nbdsrv.repository.native.sealing import CIPHER, DEFAULT_LEVEL, Codec, compress
 from nbdsrv.repository.native.slots import SLOT, Page, Root, encode_page
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import Store
+from nbdsrv.store.store import Data, Store
 
 CHUNK = 64 << 10
 SLOTS = 16
@@ -81,10 +82,14 @@ class _Filling:
         """An entry, and where it lies; in a pack not named yet the name is empty."""
         id_ = self.vault.hashing.id_of(data)
         pack = self.chunks if kind == Kind.CHUNK else self.metas
-        if (place := self.known.find(id_)) is not None:
+        if (place := self.known.find(id_, kind)) is not None:
             return id_, place
         if id_ not in self.fresh:
-            codec, body = compress(data)
+            if kind == Kind.CHUNK:
+                codec = Codec.FRAMES
+                body: Data = encode_frames(memoryview(data), id_, DEFAULT_LEVEL)
+            else:
+                codec, body = compress(data)
             row = pack.add(kind, codec, len(data), id_, body)
             self.fresh[id_] = (row.offset, row.clen, row.codec)
         return id_, Place(b"", *self.fresh[id_])

@@ -20,6 +20,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from xxhash import xxh3_128_digest
 
 ZERO = bytes(32)
 CHUNK, PAGE, ROOT, POINT = 0, 1, 2, 4
@@ -87,10 +88,25 @@ class Stranger:
             key = self.derived(salt, b"nbdrepo v1 pack")
             body = AESGCM(key).decrypt(number.to_bytes(12, "little"), body, head)
         content = zstandard.decompress(body) if codec == 1 else body
+        if codec == 2:
+            content = b"".join(self.frames(body, id_, ulen))
         assert len(content) == ulen
         assert self.id_of(content) == id_
         assert want in {None, id_}
         return content
+
+    def frames(self, body: bytes, id_: bytes, ulen: int) -> Iterator[bytes]:
+        count = -(-ulen // 65536)
+        at = 4 + 20 * count
+        assert zlib.crc32(id_ + body[4:at]) == struct.unpack("<I", body[:4])[0]
+        for number in range(count):
+            clen, check = struct.unpack_from("<I16s", body, 4 + 20 * number)
+            part, length = body[at : at + clen], min(65536, ulen - 65536 * number)
+            content = part if clen == length else zstandard.decompress(part)
+            assert (len(content), xxh3_128_digest(content)) == (length, check)
+            yield content
+            at += clen
+        assert at == len(body)
 
     def directory(self, pack: bytes) -> Iterator[tuple[bytes, int]]:
         count, length, crc, end = struct.unpack("<III4x8s", pack[-24:])

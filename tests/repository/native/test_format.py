@@ -130,4 +130,4 @@ def test_golden_repositories_are_small_and_unchanged() -> None:
     assert hashed.hexdigest() == SUM
 
 
-SUM = "6832b6fe1fb880684f9aba543f6f08328900e56857e3e148d149f50e30a614fa"
+SUM = "9035f0e53abbe226f8e00d5e1b2b23dbb705bd0eb804e50e3a4e8d84c8d99075"

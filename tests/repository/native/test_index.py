@@ -62,8 +62,10 @@ def test_an_index_of_segments_and_packs(one: list[Row], other: list[Row], small:
     for id_ in {row[0] for row in one + other}:
         places = sorted(place for found, place, _ in usable if found == id_)
         assert places == sorted(index.find_all(id_))
-        assert (index.find(id_) in places) == bool(places)
-    assert index.find(b"never seen".ljust(32)) is None
+        for kind in range(3):
+            mine = [place for found, place, k in usable if (found, k) == (id_, kind)]
+            assert (index.find(id_, kind) in mine) == bool(mine)
+    assert index.find(b"never seen".ljust(32), 0) is None
 
 
 def test_an_index_is_these_bytes() -> None:

@@ -97,6 +97,23 @@ def test_what_is_read_stays_unless_forced(store: MemoryStore) -> None:
     assert len(left(store)) == 6
 
 
+def test_who_begins_to_read_meanwhile_is_spared_too(store: MemoryStore) -> None:
+    kept = five(store)
+    second = kept.disks[1][0]
+    lease = Lease(store, "reader", [f"{second.group}/{second.id}"])
+
+    class Opening(FaultyStore):
+        def delete(self, key: str) -> None:
+            if not lease.record.opened and key.startswith(POINTS):
+                lease.take()
+            super().delete(key)
+
+    done = prune(reopened(Opening(store)), "one", Rules(last=1))
+    lease.release()
+    assert [fate.deleted for fate in done.fates["one"]] == [False, True, True, False, True]
+    assert len(left(store)) == 7
+
+
 def test_a_reader_that_died_spares_nothing_for_ever(store: MemoryStore) -> None:
     kept = five(store)
     record = kept.disks[0][0]

@@ -90,7 +90,7 @@ def test_a_page_of_another_length_than_the_root_says(count: int) -> None:
         SLOT.pack(b"1" * 32, 0, 63, 1, 0),  # in the header
         SLOT.pack(b"1" * 32, 0, MAX_PACK, 1, 0),
         SLOT.pack(b"1" * 32, 0, 64, (1 << 32) - 1, 0),
-        SLOT.pack(b"1" * 32, 0, 64, 1, 2),  # an unknown codec
+        SLOT.pack(b"1" * 32, 0, 64, 1, 3),  # an unknown codec
     ],
 )
 def test_a_slot_that_leads_to_where_nothing_can_be(slot: bytes) -> None:

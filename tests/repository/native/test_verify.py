@@ -273,7 +273,7 @@ def test_budgets_go_on_where_the_last_run_stopped(store: MemoryStore) -> None:
         if done.completed:
             break
     assert set(read) == every
-    assert len(read) <= len(every) + 4
+    assert len(read) <= len(every) + 8  # the last run has begun another round
     done = verify(reopened(store), "packs", budget=Budget(sample=10))
     assert done.checked == -(-len(every) // 10)
     assert done.last_round > 0

@@ -1,17 +1,22 @@
 """The writer of points: what is told comes back, once stored is enough, and nothing dangles."""
 
+import asyncio
 import errno
+import random
 import re
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, CorruptImage, DiskError, RepositoryError
-from nbdsrv.repository.native.layout import pack_key, pack_of
+from nbdsrv.repository.native.layout import meta_key, pack_key, pack_of
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.scrub import Scrubbing
+from nbdsrv.repository.native.sealing import Codec
 from nbdsrv.repository.native.tombstones import condemn
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.writer import NativePointWriter, begin
@@ -114,7 +119,9 @@ async def test_the_same_chunk_is_stored_once(workers: Workers) -> None:
     assert other.disks[0].new_bytes == 0
 
 
-@pytest.mark.parametrize("size", [5 * MIB, 5 * MIB + 100, 8 * MIB, 12 * MIB + 7, 16 * MIB])
+@pytest.mark.parametrize(
+    "size", [5 * MIB, 5 * MIB + 100, 5 * MIB + 3 * CHUNK, 8 * MIB, 12 * MIB + 7, 16 * MIB]
+)
 async def test_a_parent_of_another_size(workers: Workers, size: int) -> None:
     vault = fresh_vault()
     old = noise(8 * MIB + 77)
@@ -425,3 +432,89 @@ async def test_chunks_far_apart_do_not_keep_their_pages_open(
         assert len(disk.map._open) <= 13
     assert read_back(vault, await writer.commit_record()) == content
     assert len(list(vault.store.list("packs/"))) == 10
+
+
+@given(
+    size=st.integers(0, 40 * CHUNK),
+    order=st.permutations(range(20)),
+    built=st.booleans(),
+    at_once=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+async def test_pieces_may_come_in_any_order_and_several_at_once(
+    size: int, order: list[int], *, built: bool, at_once: bool
+) -> None:
+    """Some are told as data, some as zeroes, some not at all."""
+    dice = random.Random(size)
+    vault = fresh_vault(page_slots=16)
+    async with running_workers() as workers:
+        content = bytearray(size)
+        parent = None
+        if built and size:
+            content[:] = dice.randbytes(size)
+            parent = await told(vault, workers, size, [(0, bytes(content))])
+        writer = await begin(vault, workers, "vm", parent)
+        disk = await writer.disk("disk", size)
+        work = []
+        for index in order:
+            offset, end = 2 * index * CHUNK, min(2 * (index + 1) * CHUNK, size)
+            if offset >= end or index % 4 == 0:
+                continue
+            if index % 4 == 1:
+                content[offset:end] = bytes(end - offset)
+                work.append(disk.zero(offset, end - offset))
+            else:
+                kind = b"same" if index % 4 == 2 else dice.randbytes(4)
+                content[offset:end] = (kind * CHUNK)[: end - offset]
+                work.append(disk.data(offset, content[offset:end], end - offset))
+        if at_once:
+            await asyncio.gather(*work)
+        else:
+            for each in work:
+                await each
+        record = await writer.commit_record()
+    assert read_back(vault, record) == content
+
+
+async def test_a_page_waits_for_every_pack_it_needs(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two packs go up at once, and the later one may be there first."""
+    monkeypatch.setattr("nbdsrv.repository.native.map_writer.MAX_OPEN", 0)
+    vault = fresh_vault(page_slots=16)
+    writer = await begin(vault, workers, "vm")
+    disk = await writer.disk("disk", 2 * MIB)
+    stock = writer._stock
+    filled = []
+    for chunk in range(2):
+        content = noise(CHUNK)
+        id_ = vault.hashing.id_of(content)
+        with stock.lock:
+            disk.map.set(chunk, stock.add(id_, Codec.RAW, CHUNK, content))
+            rest = stock.chunks.rest()
+            assert rest is not None
+            filled.append(rest)
+            stock._waiting += 1
+    for rest in reversed(filled):
+        assert list(disk.map._open) == [0]
+        await stock.put([(stock.chunks, rest)])
+        with stock.lock:
+            disk.map.relieve()
+    assert list(disk.map._open) == []
+    await writer.commit_record()
+
+
+async def test_a_root_in_a_condemned_pack_is_written_anew(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdsrv.repository.native.stock.META_TARGET", 1)  # a pack for each page
+    vault = fresh_vault()
+    content = noise(2 * MIB)
+    parent = await told(vault, workers, 2 * MIB, [(0, content)])
+    old = parent.disks[0].root
+    condemn(vault.store, [], [old.place.pack])
+    record = await told(vault, workers, 2 * MIB, [], parent)
+    assert record.disks[0].root.id == old.id
+    assert record.disks[0].root.pack != old.pack
+    vault.store.delete(meta_key(old.place.pack))
+    assert read_back(vault, record) == content

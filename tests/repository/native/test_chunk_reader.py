@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+
+from nbdsrv.errors import CorruptImage
+from nbdsrv.repository.native.chunk_reader import ChunkReader
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
+from nbdsrv.repository.native.frames import FRAME, encode_frames, frame_table, table_size
+from nbdsrv.repository.native.layout import pack_key
+from nbdsrv.repository.native.pack import Pack, PackKind
+from nbdsrv.repository.native.sealing import Codec, compress
+from nbdsrv.repository.native.vault import Vault
+from nbdsrv.store.directory import DirectoryStore
+from tests.repository.native.made import made
+
+CONTENT = b"".join(bytes([n]) * 40_000 + bytes(range(256)) * 98 for n in range(1, 4))
+
+
+def stored(vault: Vault, content: bytes, codec: Codec = Codec.FRAMES) -> tuple[bytes, Place]:
+    pack = Pack(PackKind.CHUNKS, vault.repository, vault.sealing, vault.hashing)
+    id_ = vault.hashing.id_of(content)
+    if codec is Codec.FRAMES:
+        body = encode_frames(memoryview(content), id_, 2)
+    else:
+        codec, body = compress(content)  # type: ignore[assignment]
+    row = pack.add(Kind.CHUNK, codec, len(content), id_, body)
+    data = pack.finish()
+    vault.store.put_new(pack_key(pack.name), data)
+    return id_, row.place(pack.name)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "encrypted"])
+def vault(request: pytest.FixtureRequest, tmp_path: Path) -> Vault:
+    return made(DirectoryStore(str(tmp_path / "r")), encrypted=request.param)
+
+
+@pytest.mark.parametrize("codec", [Codec.FRAMES, Codec.ZSTD])
+def test_chunks_and_frames(vault: Vault, codec: Codec) -> None:
+    id_, place = stored(vault, CONTENT, codec)
+    reader = ChunkReader(vault)
+    assert CONTENT == reader.chunk(id_, place, len(CONTENT))
+    for _ in range(2):
+        for number in range(-(-len(CONTENT) // FRAME)):
+            expected = CONTENT[number * FRAME : (number + 1) * FRAME]
+            assert expected == reader.frame(id_, place, len(CONTENT), number)
+    reader.close()
+
+
+def test_only_plain_packs_that_have_been_read_are_at_hand(vault: Vault) -> None:
+    id_, place = stored(vault, CONTENT)
+    reader = ChunkReader(vault)
+    assert not reader.at_hand(place, 0)
+    reader.frame(id_, place, len(CONTENT), 1)
+    assert reader.at_hand(place, 0) == (vault.config.cipher is None)
+    reader.close()
+
+
+def test_damage_in_a_frame_is_told_and_leaves_the_others(vault: Vault) -> None:
+    id_, place = stored(vault, CONTENT)
+    path = Path(vault.store.name) / pack_key(place.pack)
+    data = bytearray(path.read_bytes())
+    if vault.config.cipher is None:
+        body = data[place.offset + ENTRY_SIZE :][: place.length]
+        start = frame_table(body, id_, len(CONTENT), len(body))[1].position
+    else:
+        start = table_size(len(CONTENT))
+    data[place.offset + ENTRY_SIZE + start + 20] ^= 1
+    path.write_bytes(data)
+    reader = ChunkReader(vault)
+    with pytest.raises(CorruptImage, match=pack_key(place.pack)):
+        reader.frame(id_, place, len(CONTENT), 1)
+    with pytest.raises(CorruptImage, match=f"at {place.offset}"):
+        reader.chunk(id_, place, len(CONTENT))
+    if vault.config.cipher is None:
+        assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
+    reader.close()
+
+
+def test_a_place_that_is_another_chunks_is_never_believed(vault: Vault) -> None:
+    id_, _ = stored(vault, CONTENT)
+    _, place = stored(vault, CONTENT[::-1])
+    reader = ChunkReader(vault)
+    for number in range(2):
+        with pytest.raises(CorruptImage):
+            reader.frame(id_, place, len(CONTENT), number)
+    with pytest.raises(CorruptImage):
+        reader.chunk(id_, place, len(CONTENT))
+    reader.close()
+
+
+def test_a_pack_that_is_gone_is_looked_for_elsewhere(vault: Vault) -> None:
+    id_, place = stored(vault, CONTENT)
+    _, other = stored(vault, CONTENT)
+    vault.store.delete(pack_key(place.pack))
+    vault.entries.elsewhere = lambda wanted: iter([other] if wanted == id_ else [])
+    reader = ChunkReader(vault)
+    assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
+    assert CONTENT == reader.chunk(id_, place, len(CONTENT))
+    reader.close()
+
+
+def test_a_deleted_pack_that_is_open_stays_readable(tmp_path: Path) -> None:
+    vault = made(DirectoryStore(str(tmp_path / "r")))
+    id_, place = stored(vault, CONTENT)
+    reader = ChunkReader(vault)
+    reader.frame(id_, place, len(CONTENT), 0)
+    vault.store.delete(pack_key(place.pack))
+    assert CONTENT == reader.chunk(id_, place, len(CONTENT))
+    reader.close()
