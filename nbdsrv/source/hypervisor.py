@@ -1,0 +1,107 @@
+"""The seam to a hypervisor: a VM's disks, frozen at one moment, and what changed since another.
+
+::
+
+    async with source.freeze(known) as frozen:        freeze, note where changes are tracked from now
+        frozen.disks ── NBD URI ── read               the VM runs on
+        await frozen.succeed()                        the new checkpoint is what comes next builds on
+    # left without it, or by an error: the old checkpoint is in force again, no change is lost
+
+Rule: whatever happens to us (an error, kill -9, the host), the next backup sees every change since
+the last one that succeeded. Where that cannot be promised the next one is told why it is full.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbdsrv.errors import DiskError
+
+__all__ = ["Frozen", "FrozenDisk", "Hypervisor", "SourceError"]
+
+
+class SourceError(DiskError):
+    """A hypervisor cannot be reached, or refuses. Says which, what, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenDisk:
+    """One disk of a VM at one moment.
+
+    Attributes:
+        name: as the hypervisor calls it: ``vda``, ``xvda``; unique in the VM.
+        uri: where it is served; with secrets in it, never to be shown.
+        size: bytes.
+        context: the meta context whose extents with flag 1 have changed since ``since``; "" if
+            nothing tells.
+        since: identity of the checkpoint that ``context`` begins at; "" if none.
+        checkpoint: identity of this moment, for the next backup; "" if changes are not tracked.
+        reason: why nothing tells what changed, where that is so.
+        tls: files and names for the connection, as ``source.nbd`` takes them.
+        connections: at most so many to this server, with its other disks together; 0: no limit.
+        facts: what else is known, for the point.
+    """
+
+    name: str
+    uri: str
+    size: int
+    context: str = ""
+    since: str = ""
+    checkpoint: str = ""
+    reason: str = ""
+    tls: Mapping[str, str] = field(default_factory=dict)
+    connections: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Frozen(ABC):
+    """The disks of one VM, frozen. Belongs to one event loop.
+
+    Attributes:
+        vm: its name.
+        disks: in the VM's order.
+        consistency: ``crash``, or ``filesystem`` if the guest's file systems were frozen.
+        facts: the VM's configuration and what else a restore needs; JSON.
+    """
+
+    vm: str
+    disks: Sequence[FrozenDisk]
+    consistency: str
+    facts: Mapping[str, Any]
+
+    @abstractmethod
+    async def succeed(self) -> None:
+        """Everything is stored: the checkpoint advances.
+
+        Raises:
+            SourceError: it could not. The points stored are good; the next backup may be full.
+        """
+
+
+class Hypervisor(ABC):
+    """A VM that can be frozen."""
+
+    @abstractmethod
+    def freeze(
+        self, known: Mapping[str, Sequence[str]], disks: Sequence[str] = ()
+    ) -> AbstractAsyncContextManager[Frozen]:
+        """Freeze the VM's disks at one moment, until the end of the block.
+
+        Args:
+            known: by disk, the checkpoints that repositories have points of, the newest first:
+                what could be built upon. One that all of them know is chosen.
+            disks: names of those wanted; all without any.
+
+        Raises:
+            SourceError: the VM cannot be frozen; nothing is left behind.
+        """
+
+    @abstractmethod
+    async def clean(self) -> Sequence[str]:
+        """Remove what crashed backups left (jobs, snapshots, exports, scratch files).
+
+        Returns:
+            What was removed, one line each.
+        """
