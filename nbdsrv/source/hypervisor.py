@@ -2,9 +2,9 @@
 
 ::
 
-    async with source.freeze(known) as frozen:        freeze, note where changes are tracked from now
-        frozen.disks ── NBD URI ── read               the VM runs on
-        await frozen.succeed()                        the new checkpoint is what comes next builds on
+    async with source.freeze(known) as frozen:    from now on changes are tracked anew
+        frozen.disks ── NBD URI ── read           the VM runs on
+        await frozen.succeed()                    the next backup builds upon this moment
     # left without it, or by an error: the old checkpoint is in force again, no change is lost
 
 Rule: whatever happens to us (an error, kill -9, the host), the next backup sees every change since

@@ -187,7 +187,7 @@ def test_an_open_vault_follows_packs_that_move_and_move_again(
     for _ in range(3):
         repacked(Vault.open(store, nobody))
         assert DISK == restored(vault, record, "sda")
-        now += 61
+        now += vault_module.RELIST_S
     for stored in list(store.list("packs/")):
         store.delete(stored.key)
     with pytest.raises(CorruptImage, match="is missing"):
