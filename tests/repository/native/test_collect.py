@@ -277,6 +277,7 @@ def test_a_writer_that_died_is_not_waited_for_for_ever(store: MemoryStore, time:
     assert collect(reopened(store), grace_s=0).deleted_packs == 0
     time.now += STALE_S + 60
     assert collect(reopened(store), grace_s=0).deleted_packs > 0
+    assert keys(store, LEASES) == []
     kept.check(store)
 
 
