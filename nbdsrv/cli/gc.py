@@ -10,7 +10,7 @@ import click
 
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.init import repository_source
-from nbdsrv.cli.words import human
+from nbdsrv.cli.words import counted, human
 from nbdsrv.repository.native.collect import (
     DEFAULT_GRACE_S,
     DEFAULT_REPACK,
@@ -110,8 +110,8 @@ def _tell(*, quiet: bool) -> Callable[[str], None]:
 def _print(done: Collected, *, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     click.echo(
-        f"{done.points} points need {human(done.live_bytes)} of {human(done.stored_bytes)}"
-        f" in {done.packs} packs"
+        f"{counted(done.points, 'point')} need {human(done.live_bytes)} of"
+        f" {human(done.stored_bytes)} in {done.packs} packs"
     )
     click.echo(f"{would}deleted: {done.deleted_packs} packs, {human(done.freed_bytes)}")
     if done.condemned_packs:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from nbdsrv.cli.durations import parse_duration
+from nbdsrv.cli.words import counted
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.repository.native.prune import Fate, Pruned
@@ -136,7 +137,7 @@ def _print(done: Pruned, *, dry_run: bool, utc: bool) -> None:
         click.echo(f"{each.text}: {rest}")
     count = len(done.deleted) + sum(each.deleted for each in done.damaged)
     zone = "UTC" if utc else datetime.now().astimezone().tzname()
-    click.echo(f"{count} points {_gone(dry_run=dry_run)}; days are those of {zone}")
+    click.echo(f"{counted(count, 'point')} {_gone(dry_run=dry_run)}; days are those of {zone}")
 
 
 def _time(fate: Fate, *, utc: bool) -> str:

@@ -10,7 +10,7 @@ import uvloop
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.quantities import parse_size
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.words import human
+from nbdsrv.cli.words import counted, human
 from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
@@ -163,7 +163,8 @@ def _print(done: Verified, *, quiet: bool) -> None:
             f"{rest}"
         )
     damage = f"{len(done.findings)} damaged" if done.findings else "no damage found"
-    click.echo(f"{done.points} points, {done.disks} disks, {done.packs} packs{checked}: {damage}")
+    click.echo(f"{counted(done.points, 'point')}, {counted(done.disks, 'disk')},"
+        f" {counted(done.packs, 'pack')}{checked}: {damage}")
 
 
 def _print_finding(finding: Finding) -> None:

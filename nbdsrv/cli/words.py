@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-__all__ = ["human"]
+__all__ = ["counted", "human"]
 
 
 def human(size: int) -> str:
@@ -11,3 +11,8 @@ def human(size: int) -> str:
             break
         amount /= 1024
     return f"{amount:.4g} {unit}"
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 point``, ``2 points``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

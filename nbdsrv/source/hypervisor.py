@@ -12,14 +12,19 @@ the last one that succeeded. Where that cannot be promised the next one is told 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 
-__all__ = ["Frozen", "FrozenDisk", "Hypervisor", "SourceError"]
+__all__ = ["Frozen", "FrozenDisk", "Hypervisor", "OpenFrozen", "SourceError"]
+
+OpenFrozen = Callable[[Workers, Sequence[str]], AbstractAsyncContextManager[Disk]]
+"""Opens a frozen disk, asking its server for these meta contexts besides its own."""
 
 
 class SourceError(DiskError):
@@ -42,6 +47,7 @@ class FrozenDisk:
         tls: files and names for the connection, as ``source.nbd`` takes them.
         connections: at most so many to this server, with its other disks together; 0: no limit.
         facts: what else is known, for the point.
+        open: opens it, where ``uri`` alone does not tell everything; None: by ``uri``.
     """
 
     name: str
@@ -54,6 +60,7 @@ class FrozenDisk:
     tls: Mapping[str, str] = field(default_factory=dict)
     connections: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    open: OpenFrozen | None = None
 
 
 class Frozen(ABC):
@@ -72,8 +79,12 @@ class Frozen(ABC):
     facts: Mapping[str, Any]
 
     @abstractmethod
-    async def succeed(self) -> None:
+    async def succeed(self, needed: Collection[str] = ()) -> None:
         """Everything is stored: the checkpoint advances.
+
+        Args:
+            needed: older checkpoints that a repository which failed this time will want to build
+                upon; they are kept if that can be. All others may go.
 
         Raises:
             SourceError: it could not. The points stored are good; the next backup may be full.
@@ -84,14 +95,23 @@ class Hypervisor(ABC):
     """A VM that can be frozen."""
 
     @abstractmethod
+    async def vm(self) -> str:
+        """Its name, as in ``Frozen.vm``: where its points are kept unless the user says otherwise.
+
+        Raises:
+            SourceError: it cannot be asked, or there is no such VM.
+        """
+
+    @abstractmethod
     def freeze(
         self, known: Mapping[str, Sequence[str]], disks: Sequence[str] = ()
     ) -> AbstractAsyncContextManager[Frozen]:
         """Freeze the VM's disks at one moment, until the end of the block.
 
         Args:
-            known: by disk, the checkpoints that repositories have points of, the newest first:
-                what could be built upon. One that all of them know is chosen.
+            known: by disk, the checkpoints that repositories have points of, the best first: those
+                that all repositories know, from new to old, then the others. The first that the
+                hypervisor still has and can vouch for is ``since``.
             disks: names of those wanted; all without any.
 
         Raises:

@@ -54,7 +54,7 @@ def test_prune_says_what_stays_and_why(place: Path) -> None:
     assert lines[1].endswith("kept: last, daily")
     assert lines[2].endswith("kept: daily")
     assert lines[3].endswith("deleted")
-    assert lines[4] == "1 points deleted; days are those of UTC"
+    assert lines[4] == "1 point deleted; days are those of UTC"
     assert len(objects(place, POINTS)) == 3
 
 

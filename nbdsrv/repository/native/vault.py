@@ -115,7 +115,8 @@ class Vault:
         elif next(store.list(KEYS), None) is not None:
             text = f"{store.name}: {KEYS} holds keys that are left of another repository"
             raise RepositoryError(f"{text}; choose another place, or remove them")
-        if not store.put_new(CONFIG, data):
+        # Some services tell two who create the same object at once that both have: look who has.
+        if not store.put_new(CONFIG, data) or store.get(CONFIG, MAX_CONFIG) != data:
             if slot is not None:
                 store.delete(f"{KEYS}{slot}.json")
             raise RepositoryError(f"{store.name}: somebody else has just made a repository there")
