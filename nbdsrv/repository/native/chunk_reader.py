@@ -93,15 +93,23 @@ class ChunkReader:
         content = self._vault.chunk(id_, place, length)
         return bytes(memoryview(content)[number * FRAME : (number + 1) * FRAME])
 
-    def at_hand(self, place: Place, number: int) -> bool:
+    def at_hand(self, id_: bytes, place: Place, length: int, number: int) -> bool:
         """Would ``frame`` find all it needs in memory? For the loop; never blocks."""
-        table = self._tables.get((place.pack, place.offset))
         file = self._files.get(place.pack)
-        if table is None or file is None:
+        if file is None or place.codec != Codec.FRAMES:
             return False
+        key = (place.pack, place.offset)
+        table = self._tables.get(key)
+        resident = file.residency.resident
+        if table is None:
+            if not resident(file.fd, place.offset, ENTRY_SIZE + table_size(length)):
+                return False
+            try:
+                table = self._remember(key, self._table(file, id_, place, length))
+            except (BrokenPayload, OSError):
+                return False  # whoever reads it is told
         frame = table[number]
-        position = place.offset + ENTRY_SIZE + frame.position
-        return file.residency.resident(file.fd, position, frame.clen)
+        return resident(file.fd, place.offset + ENTRY_SIZE + frame.position, frame.clen)
 
     def close(self) -> None:
         """Close the packs that nobody is reading."""
@@ -123,15 +131,18 @@ class ChunkReader:
             if share >= WORTH_A_HINT:
                 start = place.offset + likely - share // 8
                 os.posix_fadvise(file.fd, start, share + share // 4, os.POSIX_FADV_WILLNEED)
-            table = self._table(file, id_, place, length)
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
-            self._tables[key] = table
+            table = self._remember(key, self._table(file, id_, place, length))
         frame = table[number]
         data = os.pread(file.fd, frame.clen, place.offset + ENTRY_SIZE + frame.position)
         if len(data) != frame.clen:
             raise BrokenPayload("the pack ends within it")
         return open_frame(frame, data)
+
+    def _remember(self, key: tuple[bytes, int], table: list[Frame]) -> list[Frame]:
+        if len(self._tables) >= MAX_TABLES:
+            self._tables.clear()
+        self._tables[key] = table
+        return table
 
     def _table(self, file: _PackFile, id_: bytes, place: Place, length: int) -> list[Frame]:
         size = ENTRY_SIZE + table_size(length)

@@ -235,7 +235,8 @@ class PointDisk(Disk):
         held = self.pages.peek(number)
         if not part or held is None or held.page is None or held.zeroes[index]:
             return False
-        return self._reader.at_hand(held.page.place(index), part - 1)
+        length = min(self._chunk, self._root.size - chunk * self._chunk)
+        return self._reader.at_hand(held.page.id(index), held.page.place(index), length, part - 1)
 
     async def cache(self, offset: int, length: int) -> None:
         """Decode the chunks of the range, so that they are in memory."""

@@ -49,9 +49,12 @@ def test_chunks_and_frames(vault: Vault, codec: Codec) -> None:
 def test_only_plain_packs_that_have_been_read_are_at_hand(vault: Vault) -> None:
     id_, place = stored(vault, CONTENT)
     reader = ChunkReader(vault)
-    assert not reader.at_hand(place, 0)
+    assert not reader.at_hand(id_, place, len(CONTENT), 0)
     reader.frame(id_, place, len(CONTENT), 1)
-    assert reader.at_hand(place, 0) == (vault.config.cipher is None)
+    plain = vault.config.cipher is None
+    assert reader.at_hand(id_, place, len(CONTENT), 0) == plain
+    reader._tables.clear()
+    assert reader.at_hand(id_, place, len(CONTENT), 0) == plain
     reader.close()
 
 
