@@ -42,6 +42,9 @@ MODULES = (
     "conformance.programs.object_store",
     "conformance.programs.at_once",
     "conformance.programs.kills",
+    "conformance.programs.xapi",
+    "conformance.programs.libvirt",
+    "conformance.programs.live_qemu",
     "conformance.kernel.attach",
 )
 """Where checks are registered, in the order of the table's rows."""
@@ -85,7 +88,7 @@ def _chosen(part: str, pattern: str | None) -> list[Check]:
     default=str(Part.QUICK),
     show_default=True,
     help="quick: programs on this machine; formats: every image; kernel: Linux in a guest; "
-    "repository: hundreds of kills, more object stores.",
+    "repository: hundreds of kills, more object stores; live: domains of a private libvirtd.",
 )
 @click.option("--only", metavar="PATTERN", help='Run only checks whose "PROGRAM FEATURE" matches.')
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the results too.")

@@ -23,13 +23,15 @@ __all__ = ["Check", "Part", "all_checks", "check", "expect", "expect_in"]
 class Part(StrEnum):
     """Which run a check belongs to.
 
-    Two minutes in all, every image format, a minute in a guest, minutes of kills and services.
+    Two minutes in all, every image format, a minute in a guest, minutes of kills and services, a
+    libvirtd of our own.
     """
 
     QUICK = "quick"
     FORMATS = "formats"
     KERNEL = "kernel"
     REPOSITORY = "repository"
+    LIVE = "live"
 
 
 @dataclass(frozen=True, slots=True)

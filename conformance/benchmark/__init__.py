@@ -13,6 +13,7 @@
     table        medians, ratios, bars: as text and as the README's table
     formats      the same content as images of other formats, compressed and not
     convert      nbdsrv copy beside qemu-img convert
+    reading      nbdsrv copy beside nbdcopy, also over a way that takes 50 ms
     environment  the machine and the programs a number comes from
     cold         a second client's latency while another one's file comes from a disk
     slowdisk     a mounted file system every uncached read of which takes a fixed time

@@ -21,6 +21,7 @@ from conformance.benchmark.convert import run_conversions
 from conformance.benchmark.environment import describe
 from conformance.benchmark.formats import make_images, mixed
 from conformance.benchmark.idle import run_idle
+from conformance.benchmark.reading import run_clients
 from conformance.benchmark.report import BenchmarkError, Report, load, store
 from conformance.benchmark.repository import cells as repository
 from conformance.benchmark.repository.cells import Program
@@ -233,17 +234,22 @@ def _run_table(
     progress: Progress,
 ) -> None:
     conversions = [cell for cell in options.cells if cell.part is Part.CONVERT]
-    cells = [cell for cell in options.cells if cell.part is not Part.CONVERT]
+    readings = [cell for cell in options.cells if cell.part is Part.CLIENT]
+    cells = [cell for cell in options.cells if cell not in conversions + readings]
+    servers = [peer for peer in peers if peer is not Peer.NBDCOPY]
     with contextlib.ExitStack() as stack:
         copy = None
         if any(cell.writes for cell in cells):
             copy = image.copy_of(path, options.cache)
             stack.callback(os.unlink, copy)
         images = make_images({cell.image for cell in cells} - {""}, path, options.cache)
-        plan = Plan(peers, cells, path, copy, size, options.rounds, options.seconds, images)
+        plan = Plan(servers, cells, path, copy, size, options.rounds, options.seconds, images)
         run_rounds(plan, report, progress)
     if conversions:
         run_conversions(conversions, peers, options.cache, size, options.rounds, report, progress)
+    if readings:
+        rounds, seconds = options.rounds, options.seconds
+        run_clients(readings, peers, path, size, rounds, seconds, report, progress)
 
 
 def _default_cache() -> str:

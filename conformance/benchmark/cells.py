@@ -6,6 +6,7 @@ A *cell* is one load over one transport. Its name is what ``--cells`` matches::
     tcp/copy-4conn             transport / nbdcopy, number of connections
     qcow2/read-2m-qd4          image, over a Unix socket / the same
     convert/qcow2-to-raw       nbdsrv copy beside qemu-img convert
+    client/unix-4conn          nbdsrv copy beside nbdcopy, both from qemu-nbd to null:
 
 A *bar* is the ratio of medians, ours over the peer's, that a cell has to reach. TLS cells have
 none: all the time goes into the ciphers, they are there to be seen.
@@ -15,7 +16,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-__all__ = ["CELLS", "COMPRESSED", "UNCOMPRESSED", "Cell", "Part", "Peer", "Transport", "select"]
+__all__ = [
+    "CELLS",
+    "COMPRESSED",
+    "DELAYED",
+    "UNCOMPRESSED",
+    "Cell",
+    "Part",
+    "Peer",
+    "Transport",
+    "select",
+]
 
 
 class Transport(StrEnum):
@@ -33,21 +44,28 @@ class Part(StrEnum):
     TLS = "tls"
     FORMATS = "formats"
     CONVERT = "convert"
+    CLIENT = "client"
     COLD = "cold"
     IDLE = "idle"
     REPOSITORY = "repository"
 
 
 class Peer(StrEnum):
-    """The programs compared; a column of the table each. For the last see ``ceiling``."""
+    """The programs compared; a column of the table each. For ``CEILING`` see ``ceiling``.
+
+    ``NBDCOPY`` is a client: ours is the other one, in the cells of ``Part.CLIENT``.
+    """
 
     OURS = "nbdsrv"
     NBDKIT = "nbdkit"
     QEMU = "qemu-nbd"
     CEILING = "ceiling"
+    NBDCOPY = "nbdcopy"
 
     def takes_part(self, part: Part, transport: Transport | None = None) -> bool:
         """The ceiling has one export, plain text and no limits, so not everything is for it."""
+        if self is Peer.NBDCOPY or part is Part.CLIENT:
+            return part is Part.CLIENT and self in {Peer.NBDCOPY, Peer.OURS}
         alone = part in {Part.READS, Part.WRITES, Part.COPY}
         return self is not Peer.CEILING or (alone and transport is not Transport.TLS)
 
@@ -72,6 +90,8 @@ class Cell:
     def name(self) -> str:
         if self.rw == "convert":
             return f"convert/{self.image.replace(' ', '-')}"
+        if self.rw == "client":
+            return f"client/{self.image or self.transport}-{self.depth}conn"
         where = self.image or self.transport
         if self.rw == "copy":
             return f"{where}/copy-{self.depth}conn"
@@ -82,6 +102,10 @@ class Cell:
         """The cell in words, as the README's table shows it."""
         if self.rw == "convert":
             return f"copy / qemu-img convert: {self.image}"
+        if self.rw == "client":
+            way = f"{self.transport} + 50 ms" if self.image == DELAYED else self.transport
+            plural = "" if self.depth == 1 else "s"
+            return f"client, {way}: qemu-nbd to null, {self.depth} connection{plural}"
         where = self.image or self.transport
         if self.rw == "copy":
             plural = "" if self.depth == 1 else "s"
@@ -102,13 +126,15 @@ class Cell:
 
     def takes(self, peer: Peer) -> bool:
         """Is this cell for ``peer``? The ceiling serves what lies in a file as it is."""
-        if not self.image:
+        if not self.image or self.part is Part.CLIENT or peer is Peer.NBDCOPY:
             return peer.takes_part(self.part, self.transport)
         plain = self.rw != "convert" and self.image not in COMPRESSED
         return peer in {Peer.OURS, Peer.QEMU} or (peer is Peer.CEILING and plain)
 
     def bar(self, peer: Peer) -> float | None:
         """The ratio ours / ``peer`` this cell has to reach; None where there is no bar."""
+        if self.part is Part.CLIENT:
+            return 1.0 if peer is Peer.NBDCOPY else None
         if self.image:
             return self._bar_of_image() if peer is Peer.QEMU else None
         if self.transport is Transport.TLS:
@@ -144,6 +170,9 @@ COMPRESSED_READS = [("randread", "4k", 1), ("randread", "4k", 16), ("copy", "", 
 CONVERSIONS = ("qcow2 to raw", "raw to qcow2-zlib", "raw to qcow2-zstd")
 ENCRYPTED = [("randread", "4k", 16), ("read", "256k", 8), ("copy", "", 1)]
 
+DELAYED = "delayed"
+"""A way to the server that takes 50 ms longer."""
+
 PLAIN = (Transport.UNIX, Transport.TCP)
 
 CELLS = [
@@ -162,6 +191,8 @@ CELLS = [
         for load in COMPRESSED_READS
     ),
     *(Cell(Part.CONVERT, Transport.UNIX, "convert", "", 0, way) for way in CONVERSIONS),
+    *(Cell(Part.CLIENT, over, "client", "", count) for over in PLAIN for count in (1, 4)),
+    *(Cell(Part.CLIENT, Transport.UNIX, "client", "", count, DELAYED) for count in (1, 4)),
 ]
 
 

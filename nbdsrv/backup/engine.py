@@ -2,28 +2,34 @@
 
 ::
 
-    source ── told ranges ── holes ───────────────────────────> zero ──┐
-                        └── data ── pieces, several at a time ─────────┴─> Part ─> repository A
-                                    one buffer, looked at by all        └> Part ─> repository B
-
-    parents ── sources open ── begin ── per disk: plan, recheck, tell, what is wanted ── commit
+    parents ── sources open ── begin ── per disk: plan ── a Tee with a branch for each repository
+                                                             │
+    [ meanwhile: clients read through the Tees ]             │ what is read is offered to all
+                                                             │
+    per disk: recheck ── read what is owed still ── each catches up ── wanted ──── commit
 
 A source that cannot be read somewhere is no backup: everything is aborted and the error names the
-offset. A repository that fails is dropped, and the others go on.
+offset. A repository that fails is dropped, and the others go on; one that is slow falls behind, is
+waited for at the end only, and reads by itself what it has missed (``branch``, ``drive``).
 
-Memory: ``BUFFERS`` pieces of at least 2 MiB, and what ``native.stock`` says for each repository.
+Memory: for each repository a queue of ``branch.QUEUE``, some pieces that are being read, and what
+``native.stock`` says.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 
-from nbdsrv.backup.parent import AUTO, choose_parent
-from nbdsrv.backup.plan import Mode, Plan, identity, plan_disk, wanted_contexts
-from nbdsrv.backup.ranges import changed_ranges, data_within, steps, together
+from nbdsrv.backup.branch import Branch
+from nbdsrv.backup.drive import Driver, queue_size
+from nbdsrv.backup.owed import Owed
+from nbdsrv.backup.parent import AUTO, Parent, choose_parent
+from nbdsrv.backup.plan import Mode, Plan, Tracking, identity, plan_disk, wanted_contexts
+from nbdsrv.backup.ranges import changed_ranges, steps, together, whole
 from nbdsrv.backup.report import Failed, Report
 from nbdsrv.backup.target import Part, Target
+from nbdsrv.backup.tee import Tee
 from nbdsrv.copying.progress import Advance
 from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
 from nbdsrv.disk.disk import Disk
@@ -35,10 +41,10 @@ from nbdsrv.repository.native.sealing import DEFAULT_LEVEL
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.writer import begin
 
-__all__ = ["Backup", "Order", "SourceDisk"]
+__all__ = ["Backup", "Meanwhile", "Order", "SourceDisk"]
 
-BUFFERS = WINDOW + 2
-"""Pieces under way: two may wait for their packs to be put while the others are worked on."""
+Meanwhile = Callable[[Mapping[str, Tee]], Awaitable[None]]
+"""Something that reads the disks, by name, for its own ends, before the rest is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +55,13 @@ class SourceDisk:
         name: in the point.
         open: opens it, asking for the meta contexts given; read-only.
         source: as the user named it, if so.
+        tracking: what the hypervisor says of it, if one has frozen it.
     """
 
     name: str
     open: Callable[[Sequence[str]], AbstractAsyncContextManager[Disk]]
     source: Source | None = None
+    tracking: Tracking | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,8 @@ class Order:
         recheck: percent of what is said to be unchanged that is read all the same.
         level: of compression.
         labels: of the point.
+        consistency: of the disks' content, as in a ``PointRecord``.
+        blobs: the VM's configuration, by name.
     """
 
     group: str
@@ -75,6 +85,8 @@ class Order:
     recheck: float = 1.0
     level: int = DEFAULT_LEVEL
     labels: Mapping[str, str] = field(default_factory=dict)
+    consistency: str = ""
+    blobs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backup:
@@ -92,6 +104,8 @@ class Backup:
         *,
         rate: Rate | None = None,
         advance: Advance | None = None,
+        choose: Callable[[Vault], Parent] | None = None,
+        confirm: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Back up into ``vaults``.
 
@@ -101,24 +115,33 @@ class Backup:
             order: what is asked for.
             rate: at which sources are read, at most.
             advance: called with (bytes read, bytes to read) of the disk under way, often.
+            choose: the point to build upon in a repository, in a thread; by the order's ``since``
+                without it.
+            confirm: called when all is read and nothing committed; what it raises aborts.
         """
         self.targets = [Target(vault) for vault in vaults]
         self._workers = workers
         self._order = order
         self._rate = rate
         self._advance = advance
+        self._choose = choose
+        self._confirm = confirm
         unit = max(target.vault.config.chunk_size for target in self.targets)
         self._piece = max(PIECE, unit)
-        self._buffers = Lender(BUFFERS, self._piece)
 
     @property
     def _alive(self) -> list[Target]:
         return [target for target in self.targets if target.failure is None]
 
-    async def run(self, disks: Sequence[SourceDisk]) -> Report:
+    async def run(self, disks: Sequence[SourceDisk], meanwhile: Meanwhile | None = None) -> Report:
         """Back up these disks as one point.
 
         Cancellation and errors leave no point anywhere, but where one is committed already.
+
+        Args:
+            disks: of one VM.
+            meanwhile: reads them first; what it has read is not read again. Failing repositories
+                do not end it.
 
         Raises:
             DiskError: a source cannot be read (it names the offset), or no repository is left.
@@ -128,10 +151,11 @@ class Backup:
                 await self._choose_parents(disks)
                 sources = [await stack.enter_async_context(self._opened(disk)) for disk in disks]
                 await self._begin()
-                for disk, source in zip(disks, sources, strict=True):
-                    self._go_on()
-                    await self._back_up(disk, source)
+                async with asyncio.TaskGroup() as crew:
+                    await self._back_up(disks, sources, crew, meanwhile)
                 self._go_on()
+                if self._confirm is not None:
+                    await self._confirm()
                 for target in self._alive:
                     await self._commit(target)
         except BaseException as error:
@@ -151,12 +175,13 @@ class Backup:
             raise DiskError(f"no repository is left: {'; '.join(map(str, failures))}")
 
     async def _choose_parents(self, disks: Sequence[SourceDisk]) -> None:
-        names = [disk.name for disk in disks]
+        names, order = [disk.name for disk in disks], self._order
+        choose = self._choose or (
+            lambda vault: choose_parent(vault, order.group, names, order.since)
+        )
         for target in self.targets:
             async with target.failing_alone():
-                target.parent = await self._workers.run(
-                    choose_parent, target.vault, self._order.group, names, self._order.since
-                )
+                target.parent = await self._workers.run(choose, target.vault)
         self._go_on()
 
     def _opened(self, disk: SourceDisk) -> AbstractAsyncContextManager[Disk]:
@@ -179,24 +204,77 @@ class Backup:
     async def _commit(self, target: Target) -> None:
         async with target.failing_alone():
             assert target.writer is not None
-            target.record = await target.writer.commit_record({"labels": dict(self._order.labels)})
+            facts = {
+                "labels": dict(self._order.labels),
+                "consistency": self._order.consistency,
+                "blobs": dict(self._order.blobs),
+            }
+            target.record = await target.writer.commit_record(facts)
 
-    # --- one disk ------------------------------------------------------------------------------
+    # --- the disks -----------------------------------------------------------------------------
 
-    async def _back_up(self, disk: SourceDisk, source: Disk) -> None:
-        parts = [part for target in self._alive if (part := await self._part(target, disk, source))]
+    async def _back_up(
+        self,
+        disks: Sequence[SourceDisk],
+        sources: Sequence[Disk],
+        crew: asyncio.TaskGroup,
+        meanwhile: Meanwhile | None,
+    ) -> None:
+        tees: dict[str, Tee] = {}
+        for disk, source in zip(disks, sources, strict=True):
+            self._go_on()
+            tees[disk.name] = await self._tee(disk, source, crew)
+        if meanwhile is not None:
+            await meanwhile(tees)
+        for disk in disks:
+            self._go_on()
+            await self._finish(disk.name, tees[disk.name])
+
+    async def _tee(self, disk: SourceDisk, source: Disk, crew: asyncio.TaskGroup) -> Tee:
+        """Plan a disk; from now on what is read through its Tee reaches the repositories."""
+        tee = Tee(self._workers, source)
+        for target in self._alive:
+            part = await self._part(target, disk, source)
+            if part is not None:
+                tee.branches.append(part.branch)
+                crew.create_task(part.branch.run())
+        return tee
+
+    async def _finish(self, name: str, tee: Tee) -> None:
+        """See to it that each repository has all of a disk."""
+        parts = [part for target in self.targets for part in target.parts if part.name == name]
+        source = tee.source
         for part in parts:
-            if part.plan.mode is Mode.INCREMENTAL:
+            part.begin()
+            if part.plan.mode is Mode.INCREMENTAL and part.branch.alive:
                 await self._recheck(source, part)
-        await self._tell(source, parts)
-        for part in parts:
-            await self._tell_wanted(source, part)
+        branches = [part.branch for part in parts]
+        driver = Driver(source, branches, self._workers, rate=self._rate, advance=self._advance)
+        await driver.run()
+        async with asyncio.TaskGroup() as tasks:
+            for part in parts:
+                tasks.create_task(self._complete(driver, part))
+
+    async def _complete(self, driver: Driver, part: Part) -> None:
+        """One repository, by itself."""
+        before = part.branch.given
+        async with part.target.failing_alone():
+            await driver.catch_up(part.branch)
+            part.reread = part.branch.given - before
+            while part.branch.alive and (wanted := await part.writer.wanted()):
+                # What turned out to be missing on the way.
+                told = together(part.writer.size, part.writer.granularity, [wanted])
+                part.branch.owed = Owed(told, part.writer.granularity)
+                await driver.catch_up(part.branch)
             part.end()
+        part.branch.close()
 
     async def _part(self, target: Target, disk: SourceDisk, source: Disk) -> Part | None:
         """Begin a disk at one target; what must be told there?"""
         point = identity(source, disk.source)
-        plan = plan_disk(disk.name, target.parent, source, self._order.changed, point)
+        plan = plan_disk(
+            disk.name, target.parent, source, self._order.changed, point, disk.tracking
+        )
         changed = None
         if plan.mode is Mode.INCREMENTAL:
             try:
@@ -207,10 +285,12 @@ class Backup:
         async with target.failing_alone():
             assert target.writer is not None
             writer = await target.writer.disk(disk.name, source.size)
-            part = Part(target, writer, plan)
+            told = whole(source.size, writer.granularity)
             if changed is not None:
                 wanted = await writer.wanted()
-                part.told = together(source.size, writer.granularity, [changed.ranges(), wanted])
+                told = together(source.size, writer.granularity, [changed.ranges(), wanted])
+            branch = Branch(writer, told, target, queue=queue_size(self._piece))
+            part = Part(target, writer, plan, told, branch)
             target.parts.append(part)
             return part
         return None
@@ -226,73 +306,18 @@ class Backup:
                 await read_piece(source, self._workers, offset, buffer, length, _nothing)
                 await part.recheck(offset, buffer, length)
             finally:
-                self._buffers.give_back(buffer)
+                buffers.give_back(buffer)
 
+        buffers = Lender(WINDOW, self._piece)
         ranges = together(source.size, part.writer.granularity, [chosen])
         async with asyncio.TaskGroup() as tasks:
             for offset, length, _ in steps(ranges, ranges, self._piece):
-                buffer = await self._buffers.take()
-                await self._pace(length)
+                buffer = await buffers.take()
+                if self._rate is not None:
+                    await self._rate.take(length)
                 tasks.create_task(one(offset, length, buffer))
         if part.mismatches:
             part.distrust()
-
-    async def _tell_wanted(self, source: Disk, part: Part) -> None:
-        """What turned out to be missing on the way."""
-        while part.target.failure is None:
-            wanted: list[tuple[int, int]] = []
-            async with part.target.failing_alone():
-                wanted = await part.writer.wanted()
-            if not wanted:
-                return
-            part.told = together(source.size, part.writer.granularity, [wanted])
-            await self._tell(source, [part])
-
-    async def _tell(self, source: Disk, parts: Sequence[Part]) -> None:
-        """Read what must be told, once for all."""
-        if not parts:
-            return
-        unit = max(part.writer.granularity for part in parts)
-        told = together(source.size, unit, [part.told.ranges() for part in parts])
-        data = await data_within(source, told)
-        moved = _Moved(data.bytes, self._advance)
-        async with asyncio.TaskGroup() as tasks:
-            for offset, length, is_data in steps(told, data, self._piece):
-                if not self._alive:
-                    return
-                if is_data:
-                    buffer = await self._buffers.take()
-                    await self._pace(length)
-                    work = self._move(source, parts, offset, length, buffer, moved)
-                    tasks.create_task(work)
-                else:
-                    for part in parts:
-                        await part.zero(offset, length)
-
-    async def _move(
-        self,
-        source: Disk,
-        parts: Sequence[Part],
-        offset: int,
-        length: int,
-        buffer: bytearray,
-        moved: "_Moved",
-    ) -> None:
-        try:
-            await read_piece(source, self._workers, offset, buffer, length, _nothing)
-            if len(parts) == 1:
-                await parts[0].data(offset, buffer, length)
-            else:
-                async with asyncio.TaskGroup() as tasks:  # all have done with it at its end
-                    for part in parts:
-                        tasks.create_task(part.data(offset, buffer, length))
-        finally:
-            self._buffers.give_back(buffer)
-        moved.add(length)
-
-    async def _pace(self, length: int) -> None:
-        if self._rate is not None:
-            await self._rate.take(length)
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -306,18 +331,6 @@ class Backup:
             for part in target.parts:
                 report.disks.append(part.report(self._order.group, target.record.id))
         return report
-
-
-class _Moved:
-    """How far the reading of a disk has come."""
-
-    def __init__(self, total: int, advance: Advance | None) -> None:
-        self._done, self._total, self._advance = 0, total, advance
-
-    def add(self, length: int) -> None:
-        self._done += length
-        if self._advance is not None:
-            self._advance(self._done, self._total)
 
 
 def _nothing() -> None:

@@ -16,7 +16,7 @@ from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.store import ObjectMissing
 
-__all__ = ["AUTO", "FULL", "Parent", "choose_parent"]
+__all__ = ["AUTO", "FULL", "Parent", "can_build_upon", "choose_parent", "matches"]
 
 AUTO = "auto"
 FULL = "full"
@@ -58,7 +58,7 @@ def choose_parent(vault: Vault, group: str, disks: Sequence[str], since: str) ->
     for stored in reversed(vault.point_objects(group)):
         try:
             record = vault.point(stored.key)
-            if _check_roots(vault, record, disks):
+            if can_build_upon(vault, record, disks):
                 return Parent(record, damaged)
         except ObjectMissing:
             continue  # pruned meanwhile
@@ -71,25 +71,30 @@ def choose_parent(vault: Vault, group: str, disks: Sequence[str], since: str) ->
 
 def _named(vault: Vault, group: str, disks: Sequence[str], text: str) -> PointRecord:
     records, damaged = vault.points(group)
-    found = [record for record in records if _matches(record, text)]
+    found = [record for record in records if matches(record, text)]
     if len(found) != 1:
         what = f"{len(found)} points" if found else "no point"
         why = f"; {len(damaged)} of its points are damaged" if damaged else ""
         raise PointMissing(
             f"{vault.name}: {what} of {group!r} match --since {text}{why}; `nbdsrv ls` shows them"
         )
-    _check_roots(vault, found[0], disks)
+    can_build_upon(vault, found[0], disks)
     return found[0]
 
 
-def _matches(record: PointRecord, text: str) -> bool:
+def matches(record: PointRecord, text: str) -> bool:
+    """Is it what ``--since`` calls so: by its id's beginning, or its time's?"""
     from nbdsrv.repository.native.listing import described
 
     return record.id.startswith(text.upper()) or described(record).stamp.startswith(text)
 
 
-def _check_roots(vault: Vault, record: PointRecord, disks: Sequence[str]) -> bool:
-    """Has it one of the disks? Their maps must be readable."""
+def can_build_upon(vault: Vault, record: PointRecord, disks: Sequence[str]) -> bool:
+    """Has it one of the disks? Blocking.
+
+    Raises:
+        CorruptImage: it has, and a map of theirs is damaged.
+    """
     there = [disk for disk in record.disks if disk.name in disks]
     for disk in there:
         vault.root(disk.root)

@@ -9,11 +9,14 @@ yes    ``nbdsrv:changed-since:P``     the parent was made of P  incremental
 yes    the same                       it was not                scan
 yes    another context (a bitmap)     --since POINT says so     incremental
 yes    the same                       --since auto              scan
+yes    a hypervisor, since C          the parent is of C        incremental
+yes    the same                       it is not                 scan
 ====== ============================== ========================= ===========
 
 A scan reads all data of the source and stores what is new; an incremental backup reads what is said
 to have changed, and a sample of the rest. A disk is never read in part without proof that what told
 the changes began where the parent ends: a bitmap that was cleared in between tells too little.
+Nor where its size has changed: not everybody who tracks changes counts what a disk has grown by.
 """
 
 from collections.abc import Sequence
@@ -24,9 +27,9 @@ from nbdsrv.backup.parent import Parent
 from nbdsrv.disk.disk import Disk
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.repository.native.layout import ulid_of
-from nbdsrv.repository.native.point import DiskRecord
+from nbdsrv.repository.native.point import DiskRecord, PointRecord
 
-__all__ = ["CHANGED_SINCE", "Mode", "Plan", "identity", "plan_disk", "wanted_contexts"]
+__all__ = ["CHANGED_SINCE", "Mode", "Plan", "Tracking", "identity", "plan_disk", "wanted_contexts"]
 
 CHANGED_SINCE = "nbdsrv:changed-since:"
 NAMED = "named"
@@ -57,6 +60,34 @@ class Plan:
     cbt: dict[str, str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """What a hypervisor says of a disk that it froze.
+
+    Attributes:
+        kind: of hypervisor: ``qemu``, ``libvirt``, ``xapi``.
+        context: tells what has changed since ``since``; "" if nothing does.
+        since: the checkpoint that ``context`` begins at, or "".
+        checkpoint: this moment's, or "" if changes are not tracked from here on.
+        reason: why nothing tells what changed.
+    """
+
+    kind: str
+    context: str = ""
+    since: str = ""
+    checkpoint: str = ""
+    reason: str = ""
+
+    @property
+    def cbt(self) -> dict[str, str] | None:
+        """What the point remembers."""
+        return {"kind": self.kind, "id": self.checkpoint} if self.checkpoint else None
+
+    def began_at(self, record: DiskRecord) -> bool:
+        """Is this disk of a point the state that ``since`` was?"""
+        return bool(self.since) and record.cbt == {"kind": self.kind, "id": self.since}
+
+
 def identity(disk: Disk, source: Source | None) -> str | None:
     """The point a source is, if it is one of a repository of ours; None for anything else."""
     if source is None or source.partition is not None:
@@ -83,7 +114,14 @@ def wanted_contexts(changed: str, disk: str, parents: Sequence[Parent]) -> list[
     return wanted
 
 
-def plan_disk(name: str, parent: Parent, source: Disk, changed: str, point: str | None) -> Plan:
+def plan_disk(
+    name: str,
+    parent: Parent,
+    source: Disk,
+    changed: str,
+    point: str | None,
+    tracking: Tracking | None = None,
+) -> Plan:
     """Decide.
 
     Args:
@@ -92,7 +130,10 @@ def plan_disk(name: str, parent: Parent, source: Disk, changed: str, point: str 
         source: open.
         changed: the context the user names, or "".
         point: the source's ``identity``.
+        tracking: of a disk that a hypervisor froze; ``changed`` and ``point`` then say nothing.
     """
+    if tracking is not None:
+        return _plan_tracked(name, parent, source, tracking)
     cbt = {"kind": CHANGED_SINCE, "id": point} if point is not None else None
     if parent.record is None:
         return Plan(Mode.FULL, parent.reason, cbt=cbt)
@@ -114,6 +155,34 @@ def plan_disk(name: str, parent: Parent, source: Disk, changed: str, point: str 
         cbt = {"kind": NAMED, "id": changed}
     reason = f"{changed} tells what changed since {parent.record.id}{also}"
     return Plan(Mode.INCREMENTAL, reason, changed, cbt)
+
+
+def _plan_tracked(name: str, parent: Parent, source: Disk, tracking: Tracking) -> Plan:
+    if parent.record is None:
+        return Plan(Mode.FULL, parent.reason, cbt=tracking.cbt)
+    record = parent.record.disk(name)
+    if record is None:
+        return Plan(Mode.FULL, f"point {parent.record.id} has no disk {name!r}", cbt=tracking.cbt)
+    also = f"; {parent.reason}" if parent.reason else ""
+    if doubt := _doubt_tracked(parent.record, record, source, tracking):
+        return Plan(Mode.SCAN, doubt + also, cbt=tracking.cbt)
+    reason = f"checkpoint {tracking.since} tells what changed since {parent.record.id}{also}"
+    return Plan(Mode.INCREMENTAL, reason, tracking.context, tracking.cbt)
+
+
+def _doubt_tracked(point: PointRecord, record: DiskRecord, source: Disk, tracking: Tracking) -> str:
+    """Why what the hypervisor tells may not be everything since the parent; "" if it is."""
+    if not tracking.since or not tracking.context:
+        return tracking.reason or "the hypervisor has no checkpoint that this can build upon"
+    if not tracking.began_at(record):
+        began = f"what changed is known since checkpoint {tracking.since}"
+        of = record.cbt["id"] if record.cbt else "none"
+        return f"{began}, and {point.id} is of {of}"
+    if record.size != source.size:
+        return f"its size has changed from {record.size} to {source.size} bytes"
+    if tracking.context not in source.contexts:
+        return f"its server has no context {tracking.context}"
+    return ""
 
 
 def _origin(record: DiskRecord) -> str:

@@ -26,6 +26,7 @@ class DiskReport:
         duplicate_bytes: that the repository had already, elsewhere.
         rechecked_bytes: said to be unchanged, and read all the same.
         recheck_mismatches: chunks of these that had changed.
+        reread_bytes: of ``read_bytes``, read for this repository alone: it had fallen behind.
         duration_s: seconds from the beginning of this disk to its end.
     """
 
@@ -43,6 +44,7 @@ class DiskReport:
     duplicate_bytes: int
     rechecked_bytes: int
     recheck_mismatches: int
+    reread_bytes: int
     duration_s: float
 
 

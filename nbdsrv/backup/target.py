@@ -2,23 +2,21 @@
 
 ::
 
-    Backup ── piece ──> Target A · Part "sda" ── its own chunks, its own parent ──> point
-                   └──> Target B · Part "sda" ── ENOSPC: dropped, A goes on
+    Tee ── Branch ──> Target A · Part "sda" ── its own chunks, its own parent ──> point
+      └─── Branch ──> Target B · Part "sda" ── ENOSPC: dropped, A goes on
 
 Rule: what goes wrong in a repository is that repository's failure. Nothing here raises for it; a
 failed target takes nothing more.
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
+from nbdsrv.backup.branch import Branch, FailsAlone
 from nbdsrv.backup.parent import Parent
 from nbdsrv.backup.plan import Mode, Plan
-from nbdsrv.backup.ranges import ranges_within, whole
+from nbdsrv.backup.ranges import whole
 from nbdsrv.backup.report import DiskReport
 from nbdsrv.copying.survey import DataMap
-from nbdsrv.errors import NbdsrvError
 from nbdsrv.repository.native.disk_writer import NativeDiskWriter
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
@@ -27,7 +25,7 @@ from nbdsrv.repository.native.writer import NativePointWriter
 __all__ = ["Part", "Target"]
 
 
-class Target:
+class Target(FailsAlone):
     """One repository.
 
     Attributes:
@@ -40,21 +38,12 @@ class Target:
     """
 
     def __init__(self, vault: Vault) -> None:
+        super().__init__()
         self.vault = vault
         self.parent = Parent(None)
         self.writer: NativePointWriter | None = None
         self.parts: list[Part] = []
-        self.failure: NbdsrvError | None = None
         self.record: PointRecord | None = None
-
-    @asynccontextmanager
-    async def failing_alone(self) -> AsyncIterator[None]:
-        """An error in the block is this target's failure and goes no further."""
-        try:
-            yield
-        except NbdsrvError as error:
-            # What follows the first error only says that there was one.
-            self.failure = self.failure or error
 
     async def abort(self) -> None:
         """Nothing more is stored; nothing after a commit."""
@@ -71,41 +60,34 @@ class Part:
         writer: of the disk.
         plan: what is done, and why.
         told: the ranges that must be told.
+        branch: tells them.
         rechecked: bytes read though said to be unchanged.
         mismatches: chunks of these that were not.
+        reread: bytes read for this repository alone, which had fallen behind.
     """
 
-    def __init__(self, target: Target, writer: NativeDiskWriter, plan: Plan) -> None:
+    def __init__(
+        self, target: Target, writer: NativeDiskWriter, plan: Plan, told: DataMap, branch: Branch
+    ) -> None:
         self.target = target
         self.writer = writer
         self.plan = plan
-        self.told: DataMap = whole(writer.size, writer.granularity)
-        self.read = 0
+        self.told = told
+        self.branch = branch
         self.rechecked = 0
         self.mismatches = 0
-        self._began = time.monotonic()
-        self._ended = self._began
+        self.reread = 0
+        self._began = self._ended = time.monotonic()
 
-    async def data(self, offset: int, buffer: bytearray, length: int) -> None:
-        """What is in ``buffer``, as far as it must be told here."""
-        if self.target.failure is not None:
-            return
-        async with self.target.failing_alone():
-            for start, span in ranges_within(self.told, offset, length):
-                part, skip = buffer, start - offset
-                if skip:
-                    with memoryview(buffer) as view:
-                        part = bytearray(view[skip : skip + span])
-                self.read += span
-                await self.writer.data(start, part, span)
+    @property
+    def name(self) -> str:
+        """Of the disk."""
+        return self.writer.name
 
-    async def zero(self, offset: int, length: int) -> None:
-        """Zeroes, as far as they must be told here."""
-        if self.target.failure is not None:
-            return
-        async with self.target.failing_alone():
-            for start, span in ranges_within(self.told, offset, length):
-                await self.writer.zero(start, span)
+    def begin(self) -> None:
+        """Its turn has come; unless it was read before, the time until now is not its own."""
+        if not self.branch.given:
+            self._began = self._ended = time.monotonic()
 
     async def recheck(self, offset: int, buffer: bytearray, length: int) -> None:
         """Is that as in the parent, as it was said to be?"""
@@ -122,6 +104,7 @@ class Part:
         )
         self.plan = Plan(Mode.SCAN, reason, cbt=self.plan.cbt)
         self.told = whole(self.writer.size, self.writer.granularity)
+        self.branch.owed.tell(self.told)
 
     def end(self) -> None:
         """Everything has been told."""
@@ -130,7 +113,7 @@ class Part:
             mode=str(self.plan.mode),
             reason=self.plan.reason,
             cbt=self.plan.cbt,
-            read_bytes=self.read,
+            read_bytes=self.branch.given,
             rechecked_bytes=self.rechecked,
         )
 
@@ -145,12 +128,13 @@ class Part:
             size=self.writer.size,
             mode=str(plan.mode),
             reason=plan.reason,
-            read_bytes=self.read,
+            read_bytes=self.branch.given,
             new_bytes=summary.new_bytes,
             zero_bytes=summary.zero_bytes,
             unchanged_bytes=summary.unchanged_bytes,
             duplicate_bytes=summary.duplicate_bytes,
             rechecked_bytes=self.rechecked,
             recheck_mismatches=self.mismatches,
+            reread_bytes=self.reread,
             duration_s=round(self._ended - self._began, 3),
         )

@@ -19,6 +19,7 @@ _COMMANDS = {
     "copy": "nbdsrv.cli.copy:copy",
     "compare": "nbdsrv.cli.compare:compare",
     "init": "nbdsrv.cli.init:init",
+    "proxy": "nbdsrv.cli.proxy:proxy",
     "backup": "nbdsrv.cli.backup:backup",
     "restore": "nbdsrv.cli.restore:restore",
     "key": "nbdsrv.cli.key:key",

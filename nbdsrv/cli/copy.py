@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import click
@@ -31,6 +32,7 @@ from nbdsrv.copying.writers import (
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
 from nbdsrv.repository.opening import is_repository
@@ -81,7 +83,8 @@ def copy(
     """Copy SOURCE to TARGET.
 
     TARGET is a new image (disk.qcow2, vhd:/path), standard output (- or vmdk:-), a block device or
-    an NBD URI; the latter two are overwritten as they are. A new image appears under its name once
+    an NBD URI; the latter two are overwritten as they are; null: reads everything and keeps
+    nothing. A new image appears under its name once
     it is complete; until then, and after an error, there is none.
 
     If TARGET is a repository (repo:/path), SOURCE names points of another one.
@@ -99,6 +102,8 @@ def copy(
     check_making(order.target, making)
     if order.target.place is Place.PIPE and sys.stdout.isatty():
         raise ConfigError(f"{target}: standard output is a terminal; redirect it")
+    if parse_source(source).kind is Kind.NBD or order.target.place is Place.NBD:
+        import_module("nbdsrv.source.nbd")  # before the clock starts
     began = time.monotonic()
     outcome = uvloop.run(_interruptible(order))
     _report(order, outcome, time.monotonic() - began, as_json=as_json)
@@ -190,7 +195,8 @@ async def _writer(order: Order, workers: Workers, base: Disk | None) -> AsyncIte
     try:
         yield writer
     finally:
-        await disk.close()
+        if disk is not None:
+            await disk.close()
 
 
 def _refuse_itself(order: Order) -> None:

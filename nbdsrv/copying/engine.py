@@ -20,7 +20,8 @@ data                 written          written             left out if the same t
 
 To a pipe all data that was announced is written, zeroes or not: its tables went ahead.
 
-Memory: ``WINDOW`` buffers, twice as many with a backing disk, whatever the size of the disk.
+Memory: ``WINDOW`` buffers, twice as many with a backing disk, whatever the size of the disk; with
+a remote disk as much as its ``depth`` asks for, 64 MiB at most.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from functools import partial
 
 from nbdsrv.copying.delta import differences
 from nbdsrv.copying.progress import Advance
-from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
+from nbdsrv.copying.reading import PIECE, SPARE, WINDOW, Lender, read_piece
 from nbdsrv.copying.survey import DataMap, survey
 from nbdsrv.copying.zeroes import split
 from nbdsrv.disk.disk import Disk
@@ -100,8 +101,11 @@ class Copy:
         self._advance = advance
         smallest = MIN_ZERO if writer.fresh else MIN_ZERO_IN_PLACE
         self._unit = max(writer.granularity, smallest)
-        self._piece = max(PIECE, self._unit)
-        self._buffers = Lender(WINDOW, self._piece)
+        # From a network in smaller pieces: the next ones are asked for the sooner.
+        self._piece = max(PIECE // 2 if source.depth else PIECE, self._unit)
+        # Where nothing is done with the bytes there is nothing to keep spare buffers for.
+        spare = SPARE if writer.seekable else 0
+        self._buffers = Lender(WINDOW, self._piece, (source, writer), spare=spare)
         self._below = Lender(WINDOW, self._piece)
         self._stored = writer.threaded and writer.fresh and base is None
         self._gaps = asyncio.Semaphore(WINDOW)
@@ -182,7 +186,10 @@ class Copy:
             find = partial(self._store, offset, length, buffer)
         else:
             find = partial(_split, buffer, length, self._unit)
-        spans = await read_piece(self._source, self._workers, offset, buffer, length, find)
+        quick = not self._writer.seekable
+        spans = await read_piece(
+            self._source, self._workers, offset, buffer, length, find, quick=quick
+        )
         if self._base is None:
             return spans
         inside = max(0, min(length, self._base.size - offset))

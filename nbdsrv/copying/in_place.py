@@ -29,6 +29,11 @@ class DiskWriter(ImageWriter):
         self._fast = Ability.FAST_ZERO in disk.abilities
         self.granularity = disk.block_sizes.minimum
 
+    @property
+    def depth(self) -> int:
+        """The disk's."""
+        return self._disk.depth
+
     async def begin(self, plan: Plan) -> None:
         """Refuses a disk that is too small or read-only, before anything is written."""
         disk = self._disk

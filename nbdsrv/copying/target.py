@@ -12,6 +12,7 @@ TARGET                 becomes
 ``/dev/sdb``           a block device that is there: overwritten in place
 ``-``, ``raw:-``       standard output, in order
 ``nbd://...``          an NBD export: overwritten in place
+``null:``              nothing: read, and forgotten
 ====================== ====================================================================
 """
 
@@ -28,6 +29,7 @@ __all__ = ["WRITTEN", "Place", "Target", "parse_target"]
 
 WRITTEN = ("raw", "qcow2", "vhd", "vmdk")
 """The formats we can write."""
+NULL = "null:"
 _EXTENSIONS = {
     ".img": "raw",
     ".raw": "raw",
@@ -48,6 +50,8 @@ class Place(Enum):
     PIPE = auto()
     DEVICE = auto()
     NBD = auto()
+    POOL = auto()
+    NOWHERE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Target:
     @property
     def in_place(self) -> bool:
         """Is something overwritten that is there already?"""
-        return self.place in {Place.DEVICE, Place.NBD}
+        return self.place in {Place.DEVICE, Place.NBD, Place.NOWHERE}
 
 
 def parse_target(text: str, to: str | None = None) -> Target:
@@ -82,8 +86,14 @@ def parse_target(text: str, to: str | None = None) -> Target:
     scheme, colon, rest = text.partition(":")
     if colon and scheme in NBD_SCHEMES:
         return _in_place(text, Place.NBD, text, to)
+    if colon and scheme == "xapi":
+        if to not in {None, "vhd"}:
+            raise ConfigError(f"{text}: is filled as a VHD; --to {to} contradicts it")
+        return Target(text, Place.POOL, text, "vhd")
     if colon and scheme in REPOSITORIES | HYPERVISORS:
         raise ConfigError(f"{text}: copy writes images and NBD exports; this is neither")
+    if text == NULL:
+        return _in_place(text, Place.NOWHERE, text, to)
     named = None
     if colon and scheme in FORMATS:
         _refuse_unwritten(text, scheme)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from nbdsrv.copying.in_place import DiskWriter
+from nbdsrv.copying.nowhere import NullWriter
 from nbdsrv.copying.target import Place, Target
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
@@ -96,6 +97,10 @@ def image_writer(
     Raises:
         DiskError: there is such a file already.
     """
+    if target.place is Place.POOL:
+        from nbdsrv.source.xapi_import import pool_writer
+
+        return pool_writer(target.location, workers)
     file = TargetFile(target.location, replace=making.replace)
     file.check()
     if target.format == "vhd":
@@ -138,12 +143,14 @@ def _name_from(image: str, backing: str) -> str:
 
 async def open_in_place(
     target: Target, workers: Workers, connections: int | None
-) -> tuple[Disk, ImageWriter]:
-    """The disk that is overwritten, and its writer.
+) -> tuple[Disk | None, ImageWriter]:
+    """The disk that is overwritten, if there is one, and its writer.
 
     Raises:
         DiskError: it is not there, or may not be written.
     """
+    if target.place is Place.NOWHERE:
+        return None, NullWriter()
     if target.place is Place.NBD:
         from nbdsrv.source.nbd import DEFAULT_CONNECTIONS, open_nbd
 

@@ -2,7 +2,7 @@
 
 Two halves, by what they may cost::
 
-    on the event loop, never blocking       locate  place
+    on the event loop, never blocking       locate  place  begin_read
     may wait (async; threads inside)        load  read_into  extents  status
                                             write  zero  trim  flush  cache  close
 
@@ -13,7 +13,7 @@ them (``nbdsrv.net.transmission``). ``read_into`` is the same for everyone else.
 import errno as os_errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Flag, auto
 
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
@@ -83,6 +83,14 @@ class Disk(ABC):
         """What ``info`` tells beyond size and allocation: JSON values under snake_case names."""
         return {}
 
+    @property
+    def depth(self) -> int:
+        """Bytes whoever reads or writes all of it should have in flight; 0 if that is all the same.
+
+        Changes with what the way to a remote disk turns out to hold: ask again and again.
+        """
+        return 0
+
     @abstractmethod
     def locate(self, offset: int, length: int) -> Sequence[Run] | None:
         """Where these bytes are; never blocks.
@@ -113,6 +121,21 @@ class Disk(ABC):
         if length:
             runs = await self.runs(offset, length)
             await self.workers.run(read_runs, self.name, offset, runs, buffer)
+
+    def begin_read(self, offset: int, buffer: memoryview, done: Callable[[bool], None]) -> bool:
+        """``read_into`` without anybody who waits; for the loop. Need not be able to.
+
+        Args:
+            offset: bytes; the range is within the disk.
+            buffer: to be filled; belongs to the read until it has ended.
+            done: called once from the loop when it has, never from within: are the bytes there?
+                If not, ``read_into`` gets them or tells why not.
+
+        Returns:
+            False: not this way, or not now. Nothing is begun.
+        """
+        del offset, buffer, done
+        return False
 
     async def runs(self, offset: int, length: int) -> Sequence[Run]:
         """``locate``, loading as needed."""

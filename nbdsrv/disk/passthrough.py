@@ -7,7 +7,8 @@
                     Passthrough ──> the Disk inside, owned and closed with it
 
 Rule: every read goes through the wrapper's own ``read_into``. ``locate`` answers RemoteRun, for an
-address would lead past the wrapper; ``Slice`` alone, which only moves addresses, hands them out.
+address would lead past the wrapper, and ``begin_read`` declines; ``Slice`` alone, which only moves
+addresses, hands them out.
 """
 
 import errno as os_errno
@@ -41,6 +42,11 @@ class Passthrough(Disk):
     def facts(self) -> Mapping[str, object]:
         """The inner Disk's."""
         return self._inside.facts
+
+    @property
+    def depth(self) -> int:
+        """The inner Disk's."""
+        return self._inside.depth
 
     def locate(self, offset: int, length: int) -> Sequence[Run] | None:
         """Only ``read_into`` gives these bytes."""

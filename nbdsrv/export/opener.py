@@ -1,11 +1,12 @@
 """From a SOURCE to an open Disk, or to the exports of a whole repository."""
 
+import errno
 import os
 from collections.abc import Sequence
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import UnsupportedImage
+from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Collection
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.formats.opening import Opening, open_image
@@ -21,6 +22,7 @@ async def open_source(source: Source, workers: Workers, *, writable: bool = Fals
     """Open what a SOURCE names.
 
     Raises:
+        ConfigError: it names several disks, or makes no sense.
         DiskError: it cannot be opened; ``UnsupportedImage`` if it is of a kind nbdsrv knows of
             but does not serve yet.
     """
@@ -39,11 +41,23 @@ async def _open_whole(source: Source, workers: Workers, *, writable: bool) -> Di
         return await open_nbd(source.location, workers, writable=writable)
     if source.kind is Kind.REPOSITORY:
         return await _open_stored(source, workers)
-    if source.kind is not Kind.IMAGE:
-        raise UnsupportedImage(f"{source.text}: {_NOT_YET[source.kind]} are not served yet")
+    if source.kind is Kind.HYPERVISOR:
+        return await _open_frozen(source, workers, writable=writable)
     path, snapshot, member = await workers.look_up(_selectors, source)
     opening = Opening(workers, writable=writable, snapshot=snapshot, member=member)
     return await open_image(path, source.scheme, opening)
+
+
+async def _open_frozen(source: Source, workers: Workers, *, writable: bool) -> Disk:
+    """The disk of a VM at this moment, until it is closed; its backups do not notice."""
+    from nbdsrv.source.moment import Moment
+    from nbdsrv.source.opening import open_hypervisor
+
+    if writable:
+        text = f"{source.text}: a running VM is only read; its disks are its own to write"
+        raise DiskError(text, errno.EROFS)
+    moment = await Moment.open(open_hypervisor([source], workers), workers)
+    return await moment.only_disk()
 
 
 async def _open_stored(source: Source, workers: Workers) -> Disk:
@@ -62,10 +76,12 @@ async def _open_stored(source: Source, workers: Workers) -> Disk:
 async def open_collection(
     source: Source, workers: Workers, name: str, prefix: str = "", *, tls_only: bool = False
 ) -> Collection | None:
-    """The exports of a repository; None if the SOURCE selects one disk of it.
+    """The exports of a repository, or of a running VM, which is frozen until it is closed.
+
+    None if the SOURCE selects one disk of a repository.
 
     Args:
-        source: of a repository.
+        source: of a repository or a VM.
         workers: as for ``open_source``.
         name: of the collection, for messages.
         prefix: of the exports' names.
@@ -74,6 +90,12 @@ async def open_collection(
     Raises:
         DiskError: as ``open_source``.
     """
+    if source.kind is Kind.HYPERVISOR:
+        from nbdsrv.export.frozen import FrozenExports
+        from nbdsrv.source.opening import open_hypervisor
+
+        machine = open_hypervisor([source], workers)
+        return await FrozenExports.open(machine, workers, name, prefix, tls_only=tls_only)
     from nbdsrv.export.points import PointExports
     from nbdsrv.repository.opening import open_repository
     from nbdsrv.repository.selector import scope_of
@@ -109,8 +131,3 @@ def _selectors(source: Source) -> tuple[str, str, str]:
         if mark and snapshot and os.path.lexists(before):
             return before, snapshot, ""
     return path, "", ""
-
-
-_NOT_YET = {
-    Kind.HYPERVISOR: "disks of running VMs",
-}

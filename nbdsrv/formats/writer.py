@@ -59,6 +59,11 @@ class ImageWriter(ABC):
     fresh: bool = True
     threaded: bool = False
 
+    @property
+    def depth(self) -> int:
+        """Bytes to have in flight, where the target is a remote disk (``Disk.depth``)."""
+        return 0
+
     @abstractmethod
     async def begin(self, plan: Plan) -> None:
         """Open the target. Raises DiskError, UnsupportedImage for a size the format cannot have."""

@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 
 __all__ = ["Channel", "PlainChannel", "TlsChannel", "connect_tls", "shake_hands"]
 
@@ -49,6 +50,13 @@ class PlainChannel:
         """Bytes taken, possibly 0; ``more``: the rest of the message follows at once."""
         try:
             return self.sock.send(view, socket.MSG_MORE if more else 0)
+        except BlockingIOError:
+            return 0
+
+    def send_several(self, views: Sequence[memoryview | bytes]) -> int:
+        """Bytes taken of these, one after the other, possibly 0."""
+        try:
+            return self.sock.sendmsg(views)
         except BlockingIOError:
             return 0
 

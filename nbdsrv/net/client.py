@@ -66,6 +66,7 @@ class Client:
         lost: why the connection is dead, or None.
         unflushed: for its user: has it carried changes no flush has covered?
         on_lost: called once when it dies, not when it is closed.
+        on_closed: called once when its socket is closed, for whatever reason.
     """
 
     def __init__(self, channel: Channel, terms: Negotiated, name: str, *, request_s: float) -> None:
@@ -76,6 +77,7 @@ class Client:
         self.lost: str | None = None
         self.unflushed = False
         self.on_lost: Callable[[], None] = lambda: None
+        self.on_closed: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._channel = channel
         self._connection = ClientConnection(terms)
@@ -104,6 +106,27 @@ class Client:
         pending = self._pend("reading", offset, length)
         pending.buffer = buffer
         await self._ask(pending, length, partial(self._connection.read, offset, length))
+
+    def start_read(self, offset: int, buffer: memoryview) -> Pending | None:
+        """The same, only begun: ``await self.answer(...)`` or ``abandon`` it.
+
+        Returns None, and does nothing, if it would have to wait for others' answers.
+        """
+        length = len(buffer)
+        if self._full(length):
+            return None
+        pending = self._pend("reading", offset, length)
+        pending.buffer = buffer
+        self._send(pending, length, partial(self._connection.read, offset, length))
+        return pending
+
+    async def answer(self, pending: Pending) -> None:
+        """The end of a request's answer. Raises what the request does; may be cancelled."""
+        try:
+            await pending.answered
+        except asyncio.CancelledError:
+            self.abandon(pending)
+            raise
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Store ``data``, at most ``terms.blocks.maximum`` bytes."""
@@ -150,6 +173,10 @@ class Client:
         """Send one request and wait for the end of its answer."""
         while self._full(moved):
             await self._room()
+        self._send(pending, moved, make)
+        await self.answer(pending)
+
+    def _send(self, pending: Pending, moved: int, make: Callable[[], tuple[int, bytes]]) -> None:
         cookie, header = self._made(pending, make)
         self._pending[cookie] = pending
         pending.moved = moved
@@ -159,13 +186,6 @@ class Client:
             self._bulky += 1
         self._outbox.post(header, pending.data)
         self._start_clock(pending)
-        try:
-            await pending.answered
-        except asyncio.CancelledError:
-            self._abandon(pending)
-            if not pending.answered.cancelled():
-                pending.answered.exception()  # seen: the caller no longer wants it
-            raise
 
     def _made(self, pending: Pending, make: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
         if self._closed:
@@ -213,11 +233,15 @@ class Client:
             self._bulky -= 1
         self._wake()
 
-    def _abandon(self, pending: Pending) -> None:
-        """The caller has gone and takes its memory along."""
+    def abandon(self, pending: Pending) -> None:
+        """Whoever asked has gone and takes its memory along."""
         pending.buffer = None
         if pending.data is not None:
             self._outbox.copy(pending.data)
+        if pending.answered.done() and not pending.answered.cancelled():
+            pending.answered.exception()  # seen: nobody wants it any more
+        else:
+            pending.answered.cancel()
 
     # --- the clock -----------------------------------------------------------------------
 
@@ -259,7 +283,10 @@ class Client:
                 self._loop.call_soon(self._readable)
 
     def _receive(self) -> bool:
-        """One system call's worth; False if there is nothing more now."""
+        """One system call's worth; False if there is nothing more now.
+
+        A stream that gives less than it was asked for is empty: no call to hear that.
+        """
         if self.lost is not None or self._channel.fileno() < 0:
             return False
         payload = self._connection.payload
@@ -273,7 +300,7 @@ class Client:
             return self._nothing(count)
         for answer in self._connection.receive_data(view[:count]):
             self._take(answer)
-        return True
+        return count == len(view)
 
     def _receive_payload(self, payload: Payload) -> bool:
         pending = self._pending[payload.cookie]
@@ -288,7 +315,7 @@ class Client:
         pending.arrived(payload.offset, count)
         for answer in self._connection.payload_received(count):
             self._take(answer)
-        return True
+        return count == len(view)
 
     def _nothing(self, count: int | None) -> bool:
         if count is not None:
@@ -344,6 +371,13 @@ class Client:
             self._channel.close()
         if self._timer is not None:
             self._timer.cancel()
+        self.on_closed()
+
+    async def finish(self) -> None:
+        """Wait until everything that was asked has been answered or has failed."""
+        while self._pending or self._waiting:
+            self._quiet.clear()
+            await self._quiet.wait()
 
     async def close(self) -> None:
         """Say goodbye and close; who still waits for an answer gets an error. Idempotent."""
@@ -352,7 +386,7 @@ class Client:
         self._closed = True
         for pending in self._pending.values():
             pending.lose(f"{self.name} was closed", os_errno.EBADF)
-            self._abandon(pending)
+            self.abandon(pending)
         while self._waiting:
             self._wake()
         try:

@@ -52,6 +52,10 @@ class Lease:
         """The connection is closed, or was never made. Idempotent."""
         self._host.release(self)
 
+    def keep(self) -> None:
+        """It is the holder's only one by now, or busy: somebody else is to be asked."""
+        self._host.keep(self)
+
     def press(self) -> None:
         """Somebody waits for it."""
         give_back, self._give_back = self._give_back, None
@@ -93,8 +97,8 @@ class Connections:
             within_s: deadline of a disk's first connection. A further one is waited for as long
                 as the caller likes.
             give_back: only for one more of a disk that has others: called, once at most and on
-                the caller's loop, when somebody waits for a first one; the lease should then be
-                released, though it need not.
+                the caller's loop, when somebody waits for a first one. Then ``release`` the
+                lease, soon, or ``keep`` it.
 
         Raises:
             DiskError: ETIMEDOUT, no place has become free.
@@ -181,6 +185,11 @@ class _Host:
                 for entry in [entry for entry in queue if entry[0] is lease]:
                     queue.remove(entry)
             self._serve()
+
+    def keep(self, lease: Lease) -> None:
+        with self._lock:
+            lease.extra = False
+            self._press()
 
     def _fits(self, lease: Lease) -> bool:
         limit = self.limit(lease)

@@ -3,6 +3,8 @@
 ::
 
     Uri ── dial ──> PlainChannel ── ClientHandshake ──(StartTls)──> Negotiated ──> Client
+     ^                                 |
+     └────── Remote.bare ─── HungUp ───┘ the server does not know an option, nor how to say so
 
 The state machine is ``protocol.handshake.client``; this moves its bytes. One deadline covers it
 all: a server that accepts and says nothing costs ``Patience.connect_s``.
@@ -14,21 +16,30 @@ import os
 import re
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nbdsrv.errors import ConfigError, DiskError
 from nbdsrv.net.channel import Channel, PlainChannel, until_readable, until_writable
 from nbdsrv.net.client import Client
-from nbdsrv.net.client_tls import start_tls
+from nbdsrv.net.client_tls import NO_CREDENTIALS, Credentials, start_tls
 from protocol.constants import Reply
 from protocol.errors import LocalProtocolError, Refused, RemoteProtocolError
 from protocol.handshake.client import ClientHandshake
 from protocol.handshake.client_states import State
-from protocol.handshake.wants import StartTls, TlsPolicy, Wants
+from protocol.handshake.wants import (
+    ContextsListed,
+    Event,
+    Mode,
+    StartTls,
+    TlsPolicy,
+    Wants,
+)
 from protocol.terms import Negotiated
 from protocol.uri import Uri
 
-__all__ = ["Patience", "Remote", "connect", "displayed_uri"]
+__all__ = ["HungUp", "Patience", "Remote", "connect", "contexts_of", "displayed_uri"]
 
 CHUNK = 4096
 """Bytes read at a time: handshakes are small."""
@@ -43,6 +54,18 @@ ERRNOS: dict[int, int] = {
 }
 
 
+class HungUp(DiskError):
+    """The server has closed the connection on an option it need not know; try ``bare``."""
+
+
+class _HungUpError(RemoteProtocolError):
+    pass
+
+
+OPTIONAL = frozenset({State.EXTENDED, State.STRUCTURED, State.SET_CONTEXTS, State.GO})
+"""Asking what a server need not know."""
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a server is waited for, in seconds.
@@ -51,11 +74,13 @@ class Patience:
         connect_s: from the first packet to transmission.
         request_s: from a request to the end of its answer; then the connection is given up.
         reconnect_s: after a connection was lost, for a new one.
+        turn_s: for others to leave a server of which this process may have but few connections.
     """
 
     connect_s: float = 10.0
     request_s: float = 60.0
     reconnect_s: float = 30.0
+    turn_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +90,16 @@ class Remote:
     Attributes:
         context: for TLS; None only where the URI does not demand it.
         queries: meta contexts to select where the server has them.
+        credentials: what ``context`` was made of.
+        bare: ask by EXPORT_NAME and nothing else.
     """
 
     uri: Uri
     context: ssl.SSLContext | None = None
     queries: tuple[str, ...] = ()
     patience: Patience = Patience()
+    credentials: Credentials = NO_CREDENTIALS
+    bare: bool = False
 
     @property
     def name(self) -> str:
@@ -96,38 +125,68 @@ async def connect(remote: Remote, *, chunked: bool = True) -> Client:
         chunked: ask for structured replies and extended headers; without, answers are simple.
 
     Raises:
-        DiskError: names the URI and the reason.
+        DiskError: names the URI and the reason; ``HungUp`` if ``Remote.bare`` may help.
     """
     name = remote.name
+    chunked = chunked and not remote.bare
     try:
         wants = Wants(
             export=remote.uri.export,
             tls=TlsPolicy.REQUIRE if remote.uri.tls else TlsPolicy.OFF,
             structured=chunked,
             extended=chunked,
-            queries=remote.queries,
+            queries=remote.queries if chunked else (),
+            go=not remote.bare,
         )
     except LocalProtocolError as error:
         raise ConfigError(f"{name}: {error}") from error
-    try:
+    with _reported(name, remote.patience.connect_s):
         async with asyncio.timeout(remote.patience.connect_s):
-            channel = await _dial(remote.uri)
-            greeting = _Greeting(channel, remote, wants)
+            greeting = _Greeting(await _dial(remote.uri), remote, wants)
             terms = await greeting.settle()
+    return Client(greeting.channel, terms, name, request_s=remote.patience.request_s)
+
+
+async def contexts_of(remote: Remote) -> tuple[str, ...]:
+    """All meta contexts the server has for the export; none if it does not say.
+
+    Raises:
+        DiskError: there is no server. What else is wrong is told by ``connect``.
+    """
+    wants = Wants(
+        export=remote.uri.export,
+        mode=Mode.LIST_CONTEXTS,
+        tls=TlsPolicy.REQUIRE if remote.uri.tls else TlsPolicy.OFF,
+    )
+    with _reported(remote.name, remote.patience.connect_s):
+        async with asyncio.timeout(remote.patience.connect_s):
+            greeting = _Greeting(await _dial(remote.uri), remote, wants)
+            try:
+                return await greeting.list_contexts()
+            except (Refused, RemoteProtocolError):
+                return ()
+
+
+@contextmanager
+def _reported(name: str, connect_s: float) -> Iterator[None]:
+    """What went wrong as a DiskError."""
+    try:
+        yield
     except TimeoutError:
-        text = f"{name}: no answer within {remote.patience.connect_s:g} s"
+        text = f"{name}: no answer within {connect_s:g} s"
         raise DiskError(text, os_errno.ETIMEDOUT) from None
     except Refused as error:
         hint = "; use nbds:// for TLS" if error.reply == Reply.ERR_TLS_REQD else ""
         number = ERRNOS.get(error.reply, os_errno.EIO)
         raise DiskError(_hidden(f"{name}: {error}{hint}"), number) from error
+    except _HungUpError as error:
+        raise HungUp(_hidden(f"{name}: {error}"), os_errno.EPROTO) from error
     except RemoteProtocolError as error:
         raise DiskError(_hidden(f"{name}: {error}"), os_errno.EPROTO) from error
     except OSError as error:
         number = error.errno or os_errno.EIO
         reason = os.strerror(number) if error.errno and error.errno > 0 else str(error)
         raise DiskError(f"{name}: {reason}", abs(number)) from error
-    return Client(greeting.channel, terms, name, request_s=remote.patience.request_s)
 
 
 async def _dial(uri: Uri) -> PlainChannel:
@@ -182,7 +241,9 @@ class _Greeting:
 
     async def settle(self) -> Negotiated:
         try:
-            return await self._negotiate()
+            event = await self._negotiate()
+            assert isinstance(event, Negotiated)  # nothing else was asked for
+            return event
         except Refused:
             await self._say_goodbye()
             self.channel.close()
@@ -191,24 +252,47 @@ class _Greeting:
             self.channel.close()
             raise
 
-    async def _negotiate(self) -> Negotiated:
+    async def list_contexts(self) -> tuple[str, ...]:
+        """What LIST_META_CONTEXT tells; then the channel is closed."""
+        try:
+            event = await self._negotiate()
+            await self._say_goodbye()
+            return event.names if isinstance(event, ContextsListed) else ()
+        finally:
+            self.channel.close()
+
+    async def _negotiate(self) -> Negotiated | ContextsListed:
         machine = self._machine
         scratch = memoryview(bytearray(CHUNK))
         while True:
-            await self._send()
-            count = await self._receive(scratch)
-            events = machine.receive_data(scratch[:count]) if count else machine.eof()
+            try:
+                await self._send()
+                count = await self._receive(scratch)
+            except (ConnectionResetError, BrokenPipeError):
+                count = 0  # it has closed with some of our bytes unread
+            events = machine.receive_data(scratch[:count]) if count else self._hung_up()
             for event in events:
                 if isinstance(event, StartTls):
                     await self._upgrade()
-                elif isinstance(event, Negotiated):
+                elif isinstance(event, Negotiated | ContextsListed):
                     return event
+
+    def _hung_up(self) -> list[Event]:
+        asked = self._machine.state
+        try:
+            return self._machine.eof()
+        except RemoteProtocolError as error:
+            if asked in OPTIONAL:
+                raise _HungUpError(str(error)) from error
+            raise
 
     async def _upgrade(self) -> None:
         context = self._remote.context
         assert context is not None  # whoever made the Remote saw to it: TLS is asked for by URI
         assert isinstance(self.channel, PlainChannel)
-        self.channel = await start_tls(self.channel, context, self._remote.uri)
+        self.channel = await start_tls(
+            self.channel, context, self._remote.uri, self._remote.credentials
+        )
         self._machine.tls_started()
 
     async def _say_goodbye(self) -> None:

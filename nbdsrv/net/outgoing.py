@@ -16,13 +16,15 @@ from time import monotonic
 
 from nbdsrv.disk.residency import Residency
 from nbdsrv.net.buffers import Buffer, Buffers
-from nbdsrv.net.channel import Channel, TlsChannel
+from nbdsrv.net.channel import Channel, PlainChannel, TlsChannel
 from protocol.constants import Errno
 from protocol.replies import ChunkEncoder
 
 __all__ = ["FilePart", "Outgoing", "PromiseBrokenError"]
 
 ZEROES = bytes(1 << 16)
+GATHERED = 64
+"""Pieces sent with one system call."""
 FRESH = 0.05
 """Seconds for which pages found in memory are taken to have stayed there."""
 
@@ -110,7 +112,12 @@ class Outgoing:
         parts = self.parts
         while parts and not self._warming:
             part = parts[0]
-            sent = self._send_file(part) if isinstance(part, FilePart) else self._send(*part)
+            if isinstance(part, FilePart):
+                sent = self._send_file(part)
+            elif len(parts) > 1 and isinstance(self._channel, PlainChannel):
+                sent = self._send_several(self._channel)
+            else:
+                sent = self._send(*part)
             if not sent:
                 return False
         return not parts
@@ -143,6 +150,30 @@ class Outgoing:
         self.parts.popleft()
         if owner is not None:
             self._buffers.release(owner)
+        return True
+
+    def _send_several(self, channel: PlainChannel) -> bool:
+        """A header with its data, many small replies: with one system call."""
+        parts = self.parts
+        views: list[memoryview | bytes] = []
+        for part in parts:
+            if isinstance(part, FilePart) or len(views) == GATHERED:
+                break
+            views.append(part[0])
+        left = channel.send_several(views)
+        self.sent += left
+        if not left:
+            return False
+        for view in views:
+            part = parts[0]
+            assert not isinstance(part, FilePart)
+            if left < len(view):
+                parts[0] = (memoryview(view)[left:], part[1])
+                return False
+            left -= len(view)
+            parts.popleft()
+            if part[1] is not None:
+                self._buffers.release(part[1])
         return True
 
     def _send_file(self, part: FilePart) -> bool:

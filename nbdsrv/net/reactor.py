@@ -57,6 +57,7 @@ class Reactor:
 
     Attributes:
         alone: has only one client asked for anything in this turn?
+        afar: reads under way whose answers come by the event loop: it is not kept waiting for them.
     """
 
     def __init__(self, workers: Workers, buffers: Buffers) -> None:
@@ -66,6 +67,7 @@ class Reactor:
         self.arena = buffers.borrow(ARENA_SIZE)
         self.waste = memoryview(bytearray(WASTE_SIZE))
         self.alone = True
+        self.afar = 0
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
@@ -130,7 +132,7 @@ class Reactor:
             if again:
                 events = poll(0)
                 continue
-            if self._credit <= 0 or self.workers.outstanding:
+            if self._credit <= 0 or self.workers.outstanding or self.afar:
                 self._credit += 1
                 return
             spin_ends = now + SPIN

@@ -184,6 +184,8 @@ class Reads:
                 return False
             first = runs[0]
             if first.length < length or not isinstance(first, FileRun):
+                if isinstance(first, RemoteRun):
+                    return False
                 if isinstance(first, ZeroRun) and first.length >= length:
                     return self._hole(request)
                 return self._assemble(request, runs)
@@ -264,7 +266,7 @@ class Reads:
             return False
         header = encoder.data_header(cookie, at, at, length, done=True)
         total = len(header) + length
-        if isinstance(runs[0], RemoteRun) or total > ARENA_SIZE or not sender.make_room(total):
+        if total > ARENA_SIZE or not sender.make_room(total):
             return False
         begin = sender.used + len(header)
         end = begin + length

@@ -1,7 +1,11 @@
-"""Requests that may wait: a task each, answered whenever they are done.
+"""Requests that may wait, answered whenever they are done.
 
-Everything that is not in memory, not a plain overwrite, or rare: cold and mixed reads, block
-status, FLUSH, TRIM, WRITE_ZEROES, CACHE, and writes a format must place itself.
+Everything that is not in memory, not a plain overwrite, or rare::
+
+    cold READ of one kind            ``fetch``       a thread
+    READ of another server's export  ``fetch_afar``  neither: ``Disk.begin_read``, then a callback
+    mixed READ, or one in trouble    ``start``       a task
+    status, FLUSH, TRIM, zeroes ...  ``start``       a task
 
 Only here (and in ``transmission``, for stored writes) does an operating system's errno become the
 wire's.
@@ -38,6 +42,11 @@ STATUS_BYTES = 1 << 20
 """Bytes a BLOCK_STATUS counts for: its answer is that long for a fragmented image."""
 MAX_READING = 16
 """Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
+MAX_AFAR = 64
+"""Reads of one client under way at a time that no thread of ours works on."""
+JOINED = (1 << 16) - 64
+"""Bytes of a reply up to which it is received behind its header, to be sent in one go; the buffer
+of a longer one would be twice as large."""
 
 Answer = list[tuple[memoryview | bytes, Buffer | None]]
 """What to send, in order; a buffer is released after the part it stands beside."""
@@ -61,6 +70,7 @@ class SlowRequests:
         """``deliver`` sends an answer and becomes the owner of its buffers."""
         self._disk = disk
         self._name = os.path.basename(disk.name)
+        self._reactor = reactor
         self._workers = reactor.workers
         self._buffers = reactor.buffers
         self._encoder = encoder
@@ -69,6 +79,9 @@ class SlowRequests:
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
         self._fetching = 0
+        self._afar = 0
+        self._arrived: list[Request] = []
+        self._answers: Answer = []
         self.in_flight = 0
         self._reading = asyncio.Semaphore(MAX_READING)
 
@@ -78,6 +91,9 @@ class SlowRequests:
 
     def fetch(self, request: Request, runs: Sequence[Run]) -> None:
         """READ what threads can get and one chunk can carry: a thread, but no task."""
+        if isinstance(runs[0], RemoteRun):
+            self.fetch_afar(request)
+            return
         length = request.length
         header = self._encoder.data_header(
             request.cookie, request.offset, request.offset, length, done=True
@@ -97,8 +113,6 @@ class SlowRequests:
 
     def _one_chunk(self, request: Request, runs: Sequence[Run]) -> bool:
         """Is the answer to be one stretch of data, without holes of its own?"""
-        if isinstance(runs[0], RemoteRun):
-            return False
         if isinstance(self._encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
             return True
         return not any(isinstance(run, ZeroRun) for run in runs)
@@ -118,6 +132,60 @@ class SlowRequests:
             return
         self._buffers.release(buffer)
         self.start(request, self.read(request))  # which knows how to tell what is wrong
+
+    def fetch_afar(self, request: Request) -> None:
+        """READ what only the Disk itself can give: no thread, and mostly no task.
+
+        The bytes are received where they are sent from, short ones behind their header.
+        """
+        cookie, at, length = request.cookie, request.offset, request.length
+        if self._afar >= MAX_AFAR or not self._buffers.affords(length):
+            self.start(request, self.read(request))
+            return
+        self._begin(request)
+        self._afar += 1
+        self._reactor.afar += 1
+        header = self._encoder.data_header(cookie, at, at, length, done=True)
+        begin = len(header) if length <= JOINED else 0
+        buffer = self._buffers.borrow(begin + length)
+        done = partial(self._fetched_afar, request, buffer, header, begin)
+        if not self._disk.begin_read(at, buffer.data[begin : begin + length], done):
+            done(good=False)
+
+    def _fetched_afar(
+        self,
+        request: Request,
+        buffer: Buffer,
+        header: bytes,
+        begin: int,
+        good: bool,  # noqa: FBT001 - as ``Disk.begin_read`` calls it
+    ) -> None:
+        self._afar -= 1
+        self._reactor.afar -= 1
+        if not good:  # a task waits as long as it takes, and tells what is wrong
+            self._end(request)
+            self._buffers.release(buffer)
+            self.start(request, self.read(request))
+            return
+        self._arrived.append(request)
+        if begin:
+            buffer.data[:begin] = header
+        else:
+            self._answers.append((header, None))
+        self._answers.append((buffer.data[: begin + request.length], buffer))
+        if not self._afar:
+            self._send_arrived()
+        elif len(self._arrived) == 1:  # what arrives with it leaves with it
+            asyncio.get_running_loop().call_soon(self._send_arrived)
+
+    def _send_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        if not arrived:
+            return
+        answers, self._answers = self._answers, []
+        for request in arrived:
+            self._end(request)
+        self._deliver(answers)
 
     def start(
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None

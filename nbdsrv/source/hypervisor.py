@@ -44,7 +44,8 @@ class FrozenDisk:
         since: identity of the checkpoint that ``context`` begins at; "" if none.
         checkpoint: identity of this moment, for the next backup; "" if changes are not tracked.
         reason: why nothing tells what changed, where that is so.
-        tls: files and names for the connection, as ``source.nbd`` takes them.
+        tls: for the connection, by the names of ``net.client_tls.Credentials``: ``ca``, ``cert``,
+            ``key`` (files), ``exact`` (the server's certificate, PEM text), ``hostname``.
         connections: at most so many to this server, with its other disks together; 0: no limit.
         facts: what else is known, for the point.
         open: opens it, where ``uri`` alone does not tell everything; None: by ``uri``.
@@ -77,6 +78,14 @@ class Frozen(ABC):
     disks: Sequence[FrozenDisk]
     consistency: str
     facts: Mapping[str, Any]
+
+    async def still_frozen(self) -> None:
+        """Ask before anything that was read is committed.
+
+        Raises:
+            SourceError: the moment is lost (the scratch space is full, the VM has ended): what
+                was read may be of a later one.
+        """
 
     @abstractmethod
     async def succeed(self, needed: Collection[str] = ()) -> None:

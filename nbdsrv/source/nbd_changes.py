@@ -19,6 +19,7 @@ from functools import partial
 from nbdsrv.disk.disk import Ability
 from nbdsrv.errors import DiskError
 from nbdsrv.net.client import Client, ConnectionLost
+from nbdsrv.source.nbd_depth import Depth
 from nbdsrv.source.nbd_links import Links
 from nbdsrv.source.nbd_pieces import in_pieces
 
@@ -33,12 +34,15 @@ FAST_PIECE = 1 << 30
 class Changes:
     """What may be done to one export, and whether it will last."""
 
-    def __init__(self, links: Links, name: str, abilities: Ability, piece: int) -> None:
-        """``piece``: bytes of one WRITE."""
+    def __init__(
+        self, links: Links, name: str, abilities: Ability, piece: int, depth: Depth
+    ) -> None:
+        """``piece``: bytes of one WRITE; ``depth``: how many of them are in flight."""
         self._links = links
         self._name = name
         self._abilities = abilities
         self._piece = piece
+        self._depth = depth
         self._block = links.terms.blocks.minimum
         self._lost = False
         links.on_lost = self._on_lost
@@ -47,11 +51,20 @@ class Changes:
         """In pieces; after an error, some of them are written."""
 
         async def one(at: int, count: int) -> None:
+            await self._write(at, data[at - offset : at - offset + count])
+
+        await in_pieces(offset, len(data), self._piece, one, self._depth.bytes // self._piece)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        depth, length = self._depth, len(data)
+        await depth.enter(length)
+        try:
             client = await self._links.choose()
             with self._change(client):
-                await client.write(at, data[at - offset : at - offset + count])
-
-        await in_pieces(offset, len(data), self._piece, one)
+                await client.write(offset, data)
+            depth.answered(length)
+        finally:
+            depth.leave(length)
 
     async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
         """By WRITE_ZEROES; where that is not offered, by writing zeroes."""
@@ -79,9 +92,7 @@ class Changes:
         zeroes = memoryview(bytes(min(length, self._piece)))
 
         async def one(at: int, count: int) -> None:
-            client = await self._links.choose()
-            with self._change(client):
-                await client.write(at, zeroes[:count])
+            await self._write(at, zeroes[:count])
 
         await in_pieces(offset, length, self._piece, one)
 

@@ -8,6 +8,8 @@
                                                            v
                  none left: one _revive for all who wait, with growing pauses, until reconnect_s
 
+Of several, one is given back when another disk has none (``client_budget``).
+
 Rule: a replacement must lead to the same export on the same terms, or it is refused: a disk that
 changed its size behind a restore is not the same disk.
 """
@@ -16,12 +18,14 @@ import asyncio
 import contextlib
 import errno as os_errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 
 from nbdsrv.errors import DiskError
 from nbdsrv.net.client import Client
+from nbdsrv.net.client_budget import Lease
 from nbdsrv.net.client_connect import Patience
+from nbdsrv.source.nbd_dialler import Dialler
 from protocol.terms import Negotiated
 
 __all__ = ["Incidents", "Links"]
@@ -71,7 +75,7 @@ class Links:
     def __init__(
         self,
         first: Client,
-        dial: Callable[[], Awaitable[Client]],
+        dialler: Dialler,
         limit: int,
         patience: Patience,
         incidents: Incidents,
@@ -79,7 +83,8 @@ class Links:
         self.terms = first.terms
         self.on_lost: Callable[[Client], None] = lambda _: None
         self._name = first.name
-        self._dial = dial
+        self._dialler = dialler
+        dialler.lend = self._lend
         self._limit = limit
         self._patience = patience
         self._incidents = incidents
@@ -105,18 +110,22 @@ class Links:
         Raises:
             DiskError: there is none, and there will be none within ``Patience.reconnect_s``.
         """
-        while True:
+        while (client := self.ready()) is None:
             if self._closed:
                 raise DiskError(f"{self._name} is closed", os_errno.EBADF)
-            best = min(self._clients, key=_load, default=None)
-            if best is None:
+            if not self._clients:
                 await self._revived()
-            elif not best.usable:
-                self._dismiss(best)  # the server is shutting down
-            else:
+        return client
+
+    def ready(self) -> Client | None:
+        """The same, if there is one that can be used at once."""
+        while best := min(self._clients, key=_load, default=None):
+            if best.usable:
                 if best.load and len(self._clients) < self._limit and self._opening is None:
                     self._opening = asyncio.get_running_loop().create_task(self._open_another())
                 return best
+            self._dismiss(best)  # the server is shutting down
+        return None
 
     async def close(self) -> None:
         """Say goodbye on all connections. Idempotent."""
@@ -126,6 +135,7 @@ class Links:
             task.cancel()
         clients, self._clients = self._clients, []
         await asyncio.gather(*(client.close() for client in clients))
+        self._dialler.close()
         await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
 
     # --- coming and going ----------------------------------------------------------------
@@ -144,14 +154,50 @@ class Links:
     def _dismiss(self, client: Client) -> None:
         self._clients.remove(client)
         self.on_lost(client)
-        task = asyncio.get_running_loop().create_task(client.close())
+        self._in_background(client.close())
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _give_back(self, client: Client) -> None:
+        """Another disk needs its place; not if this one has no other, or has to flush it."""
+        if client not in self._clients:
+            return  # on its way out already
+        if len(self._clients) == 1 or client.unflushed:
+            self._dialler.keep(client)
+            return
+        self._clients.remove(client)
+        self._in_background(_finish(client))
+
+    async def _lend(self) -> Lease | None:
+        """Give up a connection, but not its place."""
+        clean = [client for client in self._clients if not client.unflushed]
+        if not clean:
+            return None
+        client = min(clean, key=_load)
+        self._clients.remove(client)
+        try:
+            await client.finish()
+        except BaseException:
+            self._in_background(client.close())
+            raise
+        if client.lost is not None:
+            return None  # and its place went with it
+        lease = self._dialler.part(client)
+        try:
+            await client.close()
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
     async def _open_another(self) -> None:
         """One connection more; a server that does not grant it is left alone."""
         try:
-            self._adopt(await self._connect())
+            client = await self._dialler.another(self._give_back)
+            self._adopt(await self._same(client))
         except DiskError as error:
             log.info("nbd.alone connections=%d reason=%s", len(self._clients), error)
             self._limit = max(len(self._clients), 1)
@@ -183,7 +229,7 @@ class Links:
         pause = FIRST_PAUSE_S
         while True:
             try:
-                self._adopt(await self._connect())
+                self._adopt(await self._same(await self._dialler.first()))
             except DiskError as error:
                 if loop.time() + pause > deadline or isinstance(error, _Changed):
                     self._gave_up = True
@@ -196,14 +242,18 @@ class Links:
                 log.info("nbd.reconnected uri=%s", self._name)
                 return
 
-    async def _connect(self) -> Client:
-        client = await self._dial()
+    async def _same(self, client: Client) -> Client:
         if _identity(client.terms) == _identity(self.terms):
             return client
         with contextlib.suppress(DiskError):
             await client.close()
         text = f"{self._name} is not what it was when it was opened: open it anew"
         raise _Changed(text, os_errno.ESTALE)
+
+
+async def _finish(client: Client) -> None:
+    await client.finish()
+    await client.close()
 
 
 class _Changed(DiskError):

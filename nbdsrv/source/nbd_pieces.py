@@ -8,13 +8,17 @@ from nbdsrv.errors import DiskError
 __all__ = ["in_pieces"]
 
 DEPTH = 16
-"""Pieces of one call in flight; what a server works on at a time."""
+"""Pieces of one call in flight at least; what a server works on at a time."""
 
 
 async def in_pieces(
-    offset: int, length: int, step: int, work: Callable[[int, int], Awaitable[None]]
+    offset: int,
+    length: int,
+    step: int,
+    work: Callable[[int, int], Awaitable[None]],
+    depth: int = DEPTH,
 ) -> None:
-    """``work(offset, length)`` for each piece in ascending order, DEPTH at a time.
+    """``work(offset, length)`` for each piece in ascending order, ``depth`` at a time.
 
     They are cut at multiples of ``step``, so that all but the first and last are whole blocks.
 
@@ -42,6 +46,6 @@ async def in_pieces(
                 failed.append((at, error))
 
     count = -(-(end - first) // step)
-    await asyncio.gather(*(worker() for _ in range(min(DEPTH, count))))
+    await asyncio.gather(*(worker() for _ in range(min(max(depth, DEPTH), count))))
     if failed:
         raise min(failed, key=lambda pair: pair[0])[1]

@@ -14,7 +14,8 @@
                                                                      └─abort()─> ABORTING ─> ENDED
     TLS refused though required, SHUTDOWN, TLS_REQD to anything ──> DENIED ─abort()─> ABORTING
 
-States nobody wants anything of are passed over. Source: proto.md, "Handshake".
+States nobody wants anything of are passed over; who does not want GO goes to EXPORT_NAME at once.
+Source: proto.md, "Handshake".
 
 Rule: what happens is in ``ClientHandshake.TABLE`` and nowhere else; a pair that is not there is
 a violation, by the server or by the caller according to whose input it was.
@@ -49,7 +50,7 @@ class Transition:
 
 
 DIALECT = (State.EXTENDED, State.STRUCTURED)
-QUESTION = (State.GO, State.INFO, State.LIST, State.LIST_CONTEXTS)
+QUESTION = (State.GO, State.EXPORT_NAME, State.INFO, State.LIST, State.LIST_CONTEXTS)
 PLAN = (*DIALECT, State.SET_CONTEXTS, *QUESTION)
 """What may come next on the way to the question, and the question itself."""
 

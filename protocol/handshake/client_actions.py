@@ -92,6 +92,8 @@ class Haggling:
 
     def seek_answer(self) -> None:
         match self.wants.mode:
+            case Mode.GO if not self.wants.go:
+                self.enter(State.EXPORT_NAME, self.wants.export.encode())
             case Mode.GO:
                 self.enter(State.GO, info_request(self.wants))
             case Mode.INFO:

@@ -65,6 +65,8 @@ class Wants:
         queries: meta contexts to select (GO, INFO) or queries to list them by (LIST_CONTEXTS,
             where none means all). Each once, with a namespace.
         infos: what to ask beside the size and the flags.
+        go: ask by GO, and by EXPORT_NAME where the server does not know it; without, by
+            EXPORT_NAME at once (for servers that hang up on options). Not with ``extended``.
     """
 
     export: str = ""
@@ -74,6 +76,7 @@ class Wants:
     extended: bool = True
     queries: tuple[str, ...] = ()
     infos: tuple[int, ...] = DEFAULT_INFOS
+    go: bool = True
 
     def __post_init__(self) -> None:
         check_string(self.export, "export name")
@@ -81,6 +84,8 @@ class Wants:
             check_string(query, "meta context query")
             if ":" not in query:
                 raise LocalProtocolError(f"meta context query {query!r} has no namespace")
+        if self.extended and not self.go:
+            raise LocalProtocolError("EXPORT_NAME is illegal after EXTENDED_HEADERS")
         check_distinct(self.queries, "meta context query")
         check_distinct(self.infos, "information request")
         if not all(0 <= info <= 0xFFFF for info in self.infos):

@@ -112,10 +112,13 @@ class Served:
 
 @contextmanager
 def serving(
-    *arguments: str | Path, uris: int = 1, env: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    uris: int = 1,
+    env: Mapping[str, str] | None = None,
+    verb: str = "serve",
 ) -> Iterator[Served]:
     """``nbdsrv serve`` until the end of the block, once it has printed ``uris`` lines."""
-    command = [*COMMAND, "serve", *(str(argument) for argument in arguments)]
+    command = [*COMMAND, verb, *(str(argument) for argument in arguments)]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -94,15 +94,44 @@ def test_a_chain_whose_parent_is_gone(tmp_path: Path) -> None:
         "xo:/r",
         "pbs:/r",
         "restic:/r",
-        "qemu:/run/qmp.sock#drive0",
-        "libvirt:qemu:///system#vm/vda",
-        "xapi://root@host#vm/0",
     ],
 )
 def test_kinds_of_source_that_come_later(source: str) -> None:
     said = refusal(FAILED, "info", source)
     assert source.partition(":")[2] in said
     assert "not served yet" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "words"),
+    [
+        ("qemu:/nothing/there#vda", FAILED, "/nothing/there"),
+        ("qemu:somewhere", USAGE, "HOST:PORT"),
+        ("qemu:/run/qmp.sock?colour=red", USAGE, "'colour'"),
+        ("libvirt:nowhere#vm/vda", USAGE, "URI of libvirt"),
+        ("xapi://root@127.0.0.1:1#vm/0", USAGE, "NBDSRV_XAPI_PASSWORD"),
+        ("xapi:root@host#vm", USAGE, "xapi://USER@HOST#VM"),
+    ],
+)
+def test_virtual_machines_that_are_not_there(
+    source: str, code: int, words: str, tmp_path: Path
+) -> None:
+    assert words in refusal(code, "info", source)
+    repository = f"repo:{tmp_path / 'repository'}"
+    assert nbdsrv("init", repository).returncode == 0
+    assert words in refusal(code, "backup", source, "--to", repository)
+
+
+def test_virtual_machines_are_backed_up_by_themselves(disk: Path, tmp_path: Path) -> None:
+    repository = f"repo:{tmp_path / 'repository'}"
+    assert nbdsrv("init", repository).returncode == 0
+    to = ("--to", repository)
+    assert str(disk) in refusal(USAGE, "backup", "qemu:/a", disk, *to)
+    assert "--disk a=b" in refusal(USAGE, "backup", "qemu:/a", "--disk", "a=b", *to)
+    assert "names of their own" in refusal(USAGE, "backup", "--disk", "a=qemu:/a", *to)
+    assert "--group g" in refusal(USAGE, "backup", "qemu:/a", "qemu:/b", "--group", "g", *to)
+    assert "--changed" in refusal(USAGE, "backup", "qemu:/a", "--changed", "x:y", *to)
+    assert "not ~pN" in refusal(USAGE, "backup", "qemu:/a#vda~p1", *to)
 
 
 def test_partitions_that_are_not_there(disk: Path) -> None:

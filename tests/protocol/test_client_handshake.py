@@ -356,6 +356,14 @@ def test_go_unsupported_after_extended_headers_is_a_violation():
         started(greeting(), ack(Option.EXTENDED_HEADERS), reply(Option.GO, Reply.ERR_UNSUP))
 
 
+def test_who_does_not_want_go_asks_for_nothing_else():
+    bare = {"extended": False, "structured": False, "go": False}
+    handshake, [] = started(greeting(), export="disk", **bare)
+    assert options(handshake.data_to_send()[4:]) == [(Option.EXPORT_NAME, b"disk")]
+    [terms] = handshake.receive_data(export_name())
+    assert (terms.size, terms.dialect) == (SIZE, Dialect.SIMPLE)
+
+
 def test_plain_newstyle_goes_straight_to_the_export():
     handshake, [] = started(greeting(0), export="disk")
     sent = handshake.data_to_send()
@@ -702,6 +710,7 @@ def test_the_servers_death_in_each_state_cve_2021_20286(state):
         {"infos": (1, 1)},
         {"infos": (65536,)},
         {"infos": tuple(range(40000))},
+        {"go": False},
     ],
 )
 def test_wishes_that_cannot_be_sent(wants):

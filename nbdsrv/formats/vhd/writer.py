@@ -52,7 +52,7 @@ from nbdsrv.formats.vhd.structs import (
 from nbdsrv.formats.vhd.writer_structs import batmap, batmap_length, geometry
 from nbdsrv.formats.writer import ImageWriter, Plan
 
-__all__ = ["BLOCK", "VhdWriter"]
+__all__ = ["BLOCK", "VhdWriter", "stream_length"]
 
 BLOCK = 2 << 20
 """Bytes of a block; some readers know no other size."""
@@ -146,6 +146,18 @@ class VhdWriter(ImageWriter):
         data += b"\xff" * (_padded(len(data)) - len(data))
         present = bytes(entry != ABSENT for entry in self._bat)
         return data + batmap(present, len(data))
+
+
+def stream_length(plan: Plan) -> int:
+    """Bytes that a pipe will be given for ``plan``, from the first to the last."""
+    entries = max(1, -(-plan.size // BLOCK))
+    blocks, end = 0, 0  # ranges are ascending, but two may lie in one block
+    for offset, length in plan.data():
+        first = max(offset // BLOCK, end)
+        end = max(-(-(offset + length) // BLOCK), end)
+        blocks += end - first
+    tables = _TABLE_OFFSET + _padded(4 * entries) + batmap_length(entries)
+    return tables + blocks * (len(_BITMAP) + BLOCK) + FOOTER_SIZE
 
 
 def _padded(length: int) -> int:

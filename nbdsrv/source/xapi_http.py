@@ -1,0 +1,225 @@
+"""HTTP/1.1 over TLS, as little as XAPI needs: one request on a connection, then it is closed.
+
+::
+
+    async with exchange(server, "POST", "/jsonrpc", body=...) as answer:
+        answer.status  answer.headers  await answer.whole(limit)  async for part in answer.parts()
+
+Rule: nothing is sent before the server's certificate has been accepted, for what is sent first is a
+password. Every answer is bounded by whoever asks.
+"""
+
+import asyncio
+import hashlib
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from nbdsrv.source.hypervisor import SourceError
+from nbdsrv.source.xapi_place import Access
+
+__all__ = ["Answer", "HttpServer", "exchange"]
+
+MAX_HEAD = 64 << 10
+"""Bytes of a status line and headers."""
+PART = 1 << 20
+"""Bytes of a body handed on at a time."""
+CONNECT_S = 20.0
+"""Seconds until a connection is secure."""
+STALL_S = 300.0
+"""Seconds in which at least something of a body must move."""
+CLOSE_S = 1.0
+"""Seconds for a polite end of TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpServer:
+    """A host of the pool."""
+
+    host: str
+    port: int
+    access: Access
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.host}:{self.port}"
+
+
+class Answer:
+    """A status, headers in lower case, and a body that has not been read yet."""
+
+    def __init__(
+        self, name: str, status: int, headers: Mapping[str, str], reader: asyncio.StreamReader
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self._name = name
+        self._reader = reader
+
+    async def whole(self, limit: int) -> bytes:
+        """The body.
+
+        Raises:
+            SourceError: it is longer than ``limit`` bytes, or ended too soon.
+        """
+        found = bytearray()
+        async for part in self.parts():
+            found += part
+            if len(found) > limit:
+                raise SourceError(f"{self._name}: the answer is longer than {limit} bytes")
+        return bytes(found)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The body as it comes, by its length, in chunks, or until the end of the connection.
+
+        Raises:
+            SourceError: it ended before its length.
+        """
+        try:
+            if "chunked" in self.headers.get("transfer-encoding", "").lower():
+                async for part in self._chunks():
+                    yield part
+            elif "content-length" in self.headers:
+                async for part in self._exactly(_number(self.headers["content-length"], 10)):
+                    yield part
+            else:
+                while part := await self._some(PART):
+                    yield part
+        except TimeoutError:
+            raise SourceError(f"{self._name}: nothing came for {STALL_S:g} s") from None
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
+            raise SourceError(f"{self._name}: the answer ends too soon, or is garbled") from error
+
+    async def _some(self, limit: int) -> bytes:
+        async with asyncio.timeout(STALL_S):
+            return await self._reader.read(limit)
+
+    async def _exactly(self, length: int) -> AsyncIterator[bytes]:
+        while length:
+            part = await self._some(min(length, PART))
+            if not part:
+                raise asyncio.IncompleteReadError(b"", length)
+            length -= len(part)
+            yield part
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        while True:
+            async with asyncio.timeout(STALL_S):
+                line = await self._reader.readuntil(b"\n")
+            length = _number(line.split(b";")[0].strip().decode("ascii"), 16)
+            if not length:
+                return
+            async for part in self._exactly(length):
+                yield part
+            await self._reader.readexactly(2)
+
+
+def _number(text: str, base: int) -> int:
+    if not text.isalnum() or len(text) > 16:
+        raise ValueError(text)
+    return int(text, base)
+
+
+@asynccontextmanager
+async def exchange(
+    server: HttpServer,
+    method: str,
+    target: str,
+    *,
+    body: bytes | AsyncIterator[bytes] = b"",
+    length: int | None = None,
+    answer_s: float = 60.0,
+) -> AsyncIterator[Answer]:
+    """One request and its answer.
+
+    Args:
+        server: whom to ask.
+        method: GET, POST or PUT.
+        target: path and query, encoded.
+        body: what is sent; an iterator needs ``length``.
+        length: bytes of the body.
+        answer_s: seconds until the answer's headers must be there, from the end of the request.
+
+    Raises:
+        SourceError: no connection, a certificate that is not trusted, or no HTTP.
+    """
+    reader, writer = await _connect(server)
+    try:
+        count = len(body) if isinstance(body, bytes) else length or 0
+        kind = "application/json" if method == "POST" else "application/octet-stream"
+        head = (
+            f"{method} {target} HTTP/1.1\r\nHost: {server.host}\r\nUser-Agent: nbdsrv\r\n"
+            f"Accept: */*\r\nContent-Type: {kind}\r\nContent-Length: {count}\r\n"
+            "Connection: close\r\n\r\n"
+        )
+        try:
+            writer.write(head.encode("ascii"))
+            if isinstance(body, bytes):
+                writer.write(body)
+            else:
+                async for part in body:
+                    writer.write(part)
+                    async with asyncio.timeout(STALL_S):
+                        await writer.drain()
+            async with asyncio.timeout(answer_s):
+                await writer.drain()
+                answer = await _head(server, reader)
+        except TimeoutError:
+            raise SourceError(f"{server.name}: no answer, or nothing is taken there") from None
+        except OSError as error:
+            raise SourceError(f"{server.name}: the connection broke: {error}") from error
+        try:
+            yield answer
+        except OSError as error:
+            raise SourceError(f"{server.name}: the connection broke: {error}") from error
+    finally:
+        writer.close()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await writer.wait_closed()
+
+
+async def _connect(server: HttpServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            reader, writer = await asyncio.open_connection(
+                server.host, server.port, ssl=server.access.context, limit=PART
+            )
+    except TimeoutError:
+        raise SourceError(f"{server.name}: no connection within {CONNECT_S:g} s") from None
+    except ssl.SSLCertVerificationError as error:
+        hint = "set NBDSRV_XAPI_CA, or NBDSRV_XAPI_FINGERPRINT for one that signed itself"
+        raise SourceError(
+            f"{server.name}: its certificate: {error.verify_message}; {hint}"
+        ) from error
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise SourceError(f"{server.name}: {reason}") from error
+    if server.access.fingerprints:
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
+        digest = hashlib.sha256(shown).hexdigest()
+        if digest not in server.access.fingerprints:
+            writer.transport.abort()
+            text = "is none of NBDSRV_XAPI_FINGERPRINT; is that host the one you mean?"
+            raise SourceError(f"{server.name}: its certificate has SHA-256 {digest}, which {text}")
+    return reader, writer
+
+
+async def _head(server: HttpServer, reader: asyncio.StreamReader) -> Answer:
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        raise SourceError(f"{server.name}: no HTTP answer") from error
+    lines = head.decode("latin-1").split("\r\n")
+    words = lines[0].split(" ", 2)
+    if len(head) > MAX_HEAD or len(words) < 2 or not words[0].startswith("HTTP/1."):
+        raise SourceError(f"{server.name}: no HTTP answer")
+    headers = {}
+    for line in filter(None, lines[1:]):
+        key, _, value = line.partition(":")
+        headers[key.strip().lower()] = value.strip()
+    if not (words[1].isdigit() and len(words[1]) == 3):
+        raise SourceError(f"{server.name}: no HTTP answer")
+    return Answer(server.name, int(words[1]), headers, reader)
