@@ -163,8 +163,10 @@ def _print(done: Verified, *, quiet: bool) -> None:
             f"{rest}"
         )
     damage = f"{len(done.findings)} damaged" if done.findings else "no damage found"
-    click.echo(f"{counted(done.points, 'point')}, {counted(done.disks, 'disk')},"
-        f" {counted(done.packs, 'pack')}{checked}: {damage}")
+    click.echo(
+        f"{counted(done.points, 'point')}, {counted(done.disks, 'disk')},"
+        f" {counted(done.packs, 'pack')}{checked}: {damage}"
+    )
 
 
 def _print_finding(finding: Finding) -> None:
