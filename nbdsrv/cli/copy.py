@@ -1,6 +1,5 @@
 """``nbdsrv copy``: a disk into a new image, or onto a disk that is there."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -18,10 +17,12 @@ import click
 import uvloop
 
 from nbdsrv.cli.running import opened, running_workers
+from nbdsrv.cli.stopping import SIGNALS, stoppable
+from nbdsrv.cli.target_options import target_options
 from nbdsrv.cli.words import human
 from nbdsrv.copying.engine import Copy, Outcome
 from nbdsrv.copying.progress import progress
-from nbdsrv.copying.target import WRITTEN, Place, Target, parse_target
+from nbdsrv.copying.target import Place, Target, parse_target
 from nbdsrv.copying.writers import (
     Compression,
     Making,
@@ -31,7 +32,7 @@ from nbdsrv.copying.writers import (
 )
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
@@ -54,20 +55,7 @@ class Order:
 @click.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--to", type=click.Choice(WRITTEN), help="Format of TARGET.")
-@click.option("--compress", metavar="METHOD[:LEVEL]", help="zlib, zstd or none.")
-@click.option(
-    "--backing",
-    default="",
-    metavar="FILE",
-    help="Make a qcow2 image that holds only what differs from FILE.",
-)
-@click.option(
-    "--connections", type=click.IntRange(1, 64), help="To an NBD server, at most.  [default: 4]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
-@click.option("--quiet", is_flag=True, help="Show no progress and print nothing.")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@target_options
 def copy(
     source: str,
     target: str,
@@ -135,29 +123,13 @@ def _report(order: Order, outcome: Outcome, duration: float, *, as_json: bool) -
 
 async def _interruptible(order: Order) -> Outcome:
     """Copy; a signal to stop cleans up first."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-    told: list[signal.Signals] = []
-
-    def stop(number: signal.Signals) -> None:
-        if not told:  # once is enough: cleaning up must not be interrupted
-            told.append(number)
-            task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if order.target.place is Place.PIPE:
+    if order.target.place is Place.PIPE:
+        for number in SIGNALS:
             # Nothing to clean up, and a thread may hang in a write that nobody reads.
             signal.signal(number, signal.SIG_DFL)
-        else:
-            loop.add_signal_handler(number, stop, number)
-    try:
         return await _copy(order)
-    except asyncio.CancelledError:
-        if not told:
-            raise
-        left = "is incomplete" if order.target.in_place else "was not made"
-        raise DiskError(f"stopped by {told[0].name}: {order.target.text} {left}") from None
+    left = "is incomplete" if order.target.in_place else "was not made"
+    return await stoppable(_copy(order), f"{order.target.text} {left}")
 
 
 async def _copy(order: Order) -> Outcome:

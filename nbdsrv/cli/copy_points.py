@@ -1,8 +1,6 @@
 """``nbdsrv copy repo:A#GROUP repo:B``: restore points into another repository."""
 
-import asyncio
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +10,11 @@ import click
 import uvloop
 
 from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.stopping import stoppable
 from nbdsrv.cli.words import human
 from nbdsrv.copying.progress import progress
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError, CorruptImage, DiskError
+from nbdsrv.errors import ConfigError, CorruptImage
 from nbdsrv.export.grammar import Source, parse_source
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.transfer import Transfer, Transferred
@@ -88,29 +87,13 @@ def _target_passphrase() -> str:
             raise error from None
 
 
-async def _interruptible(source: Source, target: Source, *, quiet: bool) -> "_Outcome":
-    """Copy; a signal to stop lets go of what is held, leases above all."""
-    task = asyncio.current_task()
-    assert task is not None
-    told: list[signal.Signals] = []
-
-    def stop(number: signal.Signals) -> None:
-        if not told:
-            told.append(number)
-            task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    try:
-        return await _copy(source, target, quiet=quiet)
-    except asyncio.CancelledError:
-        if not told:
-            raise
-        text = f"stopped by {told[0].name}: points copied before are there; run it again"
-        raise DiskError(text) from None
-
-
 _Outcome = tuple[list[Transferred], list[str]]
+
+
+async def _interruptible(source: Source, target: Source, *, quiet: bool) -> _Outcome:
+    """Copy; a signal to stop lets go of what is held, leases above all."""
+    left = "points copied before are there; run it again"
+    return await stoppable(_copy(source, target, quiet=quiet), left)
 
 
 async def _copy(source: Source, target: Source, *, quiet: bool) -> _Outcome:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import click
 
+from nbdsrv.cli.target_options import target_options
 from nbdsrv.cli.words import human
 from nbdsrv.copying.engine import Outcome
-from nbdsrv.copying.target import WRITTEN
 from nbdsrv.disk.disk import Disk
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
@@ -33,20 +33,7 @@ class _Job:
     metavar="POINT",
     help="TARGET holds this point of the same disk: write only what differs from it.",
 )
-@click.option("--to", type=click.Choice(WRITTEN), help="Format of TARGET.")
-@click.option("--compress", metavar="METHOD[:LEVEL]", help="zlib, zstd or none.")
-@click.option(
-    "--backing",
-    default="",
-    metavar="FILE",
-    help="Make a qcow2 image that holds only what differs from FILE.",
-)
-@click.option(
-    "--connections", type=click.IntRange(1, 64), help="To an NBD server, at most.  [default: 4]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
-@click.option("--quiet", is_flag=True, help="Show no progress and print nothing.")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@target_options
 def restore(
     source: str,
     target: str,

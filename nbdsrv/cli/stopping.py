@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from nbdsrv.errors import DiskError
 
-__all__ = ["stoppable"]
+__all__ = ["SIGNALS", "stoppable"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ async def stoppable(work: Awaitable[T], left: str) -> T:
             told.append(number)
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         loop.add_signal_handler(number, stop, number)
     try:
         return await work
