@@ -26,7 +26,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.net.client_tls import Credentials
 from nbdsrv.source.hypervisor import Frozen, FrozenDisk, Hypervisor, SourceError
 from nbdsrv.source.libvirt_address import parse_libvirt
-from nbdsrv.source.libvirt_checkpoints import is_ours, new_token, token_of
+from nbdsrv.source.libvirt_checkpoints import is_ours, token_of
 from nbdsrv.source.libvirt_frozen import LibvirtFrozen
 from nbdsrv.source.libvirt_guest import frozen_guest
 from nbdsrv.source.libvirt_link import Link
@@ -34,6 +34,7 @@ from nbdsrv.source.libvirt_remains import base_directory, end_job, remove_remain
 from nbdsrv.source.libvirt_start import Start, untracked
 from nbdsrv.source.libvirt_workplace import Workplace
 from nbdsrv.source.libvirt_xml import Domain, DomainDisk, parse_domain
+from nbdsrv.ulid import new_ulid
 from protocol.uri import Uri
 
 __all__ = ["LibvirtDomain"]
@@ -132,7 +133,7 @@ class LibvirtDomain(Hypervisor):
         reasons = {disk.target: reason for disk in disks if (reason := await to_thread(look, disk))}
         place = Workplace.make(
             base_directory(address),
-            new_token(newest),
+            new_ulid(newest),
             domain.uuid,
             None if address.remote else domain.owner,
         )

@@ -15,22 +15,20 @@ Rule: only ``nbdsrv-<ulid>`` is ours. Nothing else is ever deleted, and nothing 
 """
 
 import re
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from os import urandom
 
 from nbdsrv.source.libvirt_xml import Checkpoint, DomainDisk
+from nbdsrv.ulid import ULID_PATTERN
 
-__all__ = ["Choice", "choose", "droppable", "is_ours", "new_token", "token_of"]
+__all__ = ["Choice", "choose", "droppable", "is_ours", "token_of"]
 
 PREFIX = "nbdsrv-"
 MAX_KEPT = 16
 """Checkpoints of ours in a domain; a bitmap of each is kept up to date with every write (2 MiB of
 memory for each TiB). Room for some repositories that are backed up to at different times."""
 
-_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_TOKEN = re.compile(r"nbdsrv-(?:libvirt-)?([0-7][0-9A-HJKMNP-TV-Z]{25})(?![0-9A-Za-z])")
+_TOKEN = re.compile(rf"nbdsrv-(?:libvirt-)?({ULID_PATTERN})(?![0-9A-Za-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +42,6 @@ class Choice:
 
     since: str = ""
     reason: str = ""
-
-
-def new_token(newest: str = "") -> str:
-    """What names one backup: a ULID, which sorts by time, and behind ``newest`` in any case."""
-    number = (int(time.time() * 1000) << 80) | int.from_bytes(urandom(10), "big")
-    # A clock that was set back must not make the new one look older than what it replaces.
-    number = max(number, _number(newest) + 1)
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def _number(token: str) -> int:
-    number = 0
-    for letter in token:
-        number = number << 5 | _CROCKFORD.index(letter)
-    return number
 
 
 def token_of(text: str) -> str | None:

@@ -8,20 +8,18 @@
     after a success with C7:        C3 goes: who knew it knows C7 now; C6, C4, C1 may be others'
 """
 
-import os
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbdsrv.source.qemu_disks import VmDisk
+from nbdsrv.ulid import new_ulid
 
 __all__ = ["Base", "choose_bases", "new_checkpoint", "superseded"]
 
+PREFIX = "nbdsrv-"
 MAX_CHECKPOINTS = 16
 """Of one disk. More than any schedule of a few repositories keeps; what crashed runs and abandoned
 repositories leave is removed from the oldest on."""
-
-_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +36,8 @@ class Base:
 
 
 def new_checkpoint(newest: str = "") -> str:
-    """A name for this moment: a ULID, which sorts by time, and behind ``newest`` in any case."""
-    # A clock that was set back must not make the new one look older than what it replaces.
-    number = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
-    if newest:
-        number = max(number, _number(newest) + 1)
-    digits = (_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-    return "nbdsrv-" + "".join(digits)
-
-
-def _number(checkpoint: str) -> int:
-    number = 0
-    for letter in checkpoint.removeprefix("nbdsrv-"):
-        number = number << 5 | _CROCKFORD.index(letter)
-    return number
+    """A name for this moment, behind ``newest`` in any case."""
+    return PREFIX + new_ulid(newest.removeprefix(PREFIX))
 
 
 def choose_bases(disks: Sequence[VmDisk], known: Mapping[str, Sequence[str]]) -> dict[str, Base]:

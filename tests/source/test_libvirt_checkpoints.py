@@ -10,10 +10,10 @@ from nbdsrv.source.libvirt_checkpoints import (
     choose,
     droppable,
     is_ours,
-    new_token,
     token_of,
 )
 from nbdsrv.source.libvirt_xml import Checkpoint, DomainDisk
+from nbdsrv.ulid import new_ulid
 
 A, B, C = (f"nbdsrv-{token}" for token in (f"01HX{i:022d}" for i in (1, 2, 3)))
 VDA = DomainDisk("vda", ("/vms/vda.qcow2",), "qcow2")
@@ -92,10 +92,10 @@ def test_names_that_only_look_like_ours(name):
 
 def test_tokens_ascend_also_when_the_clock_steps_back():
     future = "7" + "0" * 25
-    assert future < new_token(future)
-    assert is_ours(f"nbdsrv-{new_token()}")
-    token = new_token()
-    assert token < new_token(token)
+    assert future < new_ulid(future)
+    assert is_ours(f"nbdsrv-{new_ulid()}")
+    token = new_ulid()
+    assert token < new_ulid(token)
 
 
 def test_a_path_of_ours_names_its_backup():

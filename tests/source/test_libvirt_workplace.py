@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nbdsrv.source.hypervisor import SourceError
-from nbdsrv.source.libvirt_checkpoints import new_token
 from nbdsrv.source.libvirt_workplace import Workplace, abandoned, base_of, is_occupied
+from nbdsrv.ulid import new_ulid
 
 UUID = "14541ad1-5d73-4f65-8bed-d9ab543eb1ab"
 
@@ -24,7 +24,7 @@ def base():
 
 def made_by_another(base: Path, *, dies: bool) -> tuple[str, "subprocess.Popen[str]"]:
     """A directory of a process that lives, or has been killed."""
-    token = new_token()
+    token = new_ulid()
     code = (
         "import sys, time; from nbdsrv.source.libvirt_workplace import Workplace;"
         f"place = Workplace.make({str(base)!r}, {token!r}, {UUID!r}, None);"
@@ -46,7 +46,7 @@ def made_by_another(base: Path, *, dies: bool) -> tuple[str, "subprocess.Popen[s
 
 
 def test_a_place_is_private_and_goes_with_everything_in_it(base):
-    place = Workplace.make(str(base), new_token(), UUID, None)
+    place = Workplace.make(str(base), new_ulid(), UUID, None)
     assert os.stat(place.path).st_mode & 0o777 == 0o711
     assert os.stat(Path(place.socket).parent).st_mode & 0o777 == 0o700
     Path(place.scratch("vda")).write_bytes(b"x")
@@ -57,7 +57,7 @@ def test_a_place_is_private_and_goes_with_everything_in_it(base):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user")
 def test_qemu_owns_its_part_only(base):
-    place = Workplace.make(str(base), new_token(), UUID, (12345, 54321))
+    place = Workplace.make(str(base), new_ulid(), UUID, (12345, 54321))
     inside = os.stat(Path(place.socket).parent)
     assert (inside.st_uid, inside.st_gid) == (12345, 54321)
     assert os.stat(place.path).st_uid == 0
@@ -100,9 +100,9 @@ def test_other_domains_are_left_alone(base):
 
 def test_what_others_put_there_is_not_believed(base):
     (base / "elsewhere").mkdir()
-    (base / f"nbdsrv-libvirt-{new_token()}").symlink_to(base / "elsewhere")
+    (base / f"nbdsrv-libvirt-{new_ulid()}").symlink_to(base / "elsewhere")
     (base / "nbdsrv-libvirt-x").mkdir()
-    linked = base / f"nbdsrv-libvirt-{new_token()}"
+    linked = base / f"nbdsrv-libvirt-{new_ulid()}"
     linked.mkdir()
     (linked / "lock").symlink_to(base / "elsewhere" / "victim")
     with abandoned(str(base), UUID) as places:
@@ -112,16 +112,16 @@ def test_what_others_put_there_is_not_believed(base):
 
 def test_a_path_too_long_for_a_socket_is_said(base):
     with pytest.raises(SourceError, match="too long a path"):
-        Workplace.make(str(base / ("x" * 100)), new_token(), UUID, None)
+        Workplace.make(str(base / ("x" * 100)), new_ulid(), UUID, None)
 
 
 def test_a_base_that_is_not_there_is_said(base):
     with pytest.raises(SourceError, match="No such file"):
-        Workplace.make(str(base / "none"), new_token(), UUID, None)
+        Workplace.make(str(base / "none"), new_ulid(), UUID, None)
 
 
 def test_room_is_asked_for_as_far_as_it_can_be_needed(base):
-    place = Workplace.make(str(base), new_token(), UUID, None)
+    place = Workplace.make(str(base), new_ulid(), UUID, None)
     place.check_room(1)
     place.free = lambda: 1 << 20
     with pytest.raises(SourceError, match="1 MiB are free, and 512 needed"):

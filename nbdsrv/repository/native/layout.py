@@ -13,11 +13,10 @@
 An object is named by its content or by a ULID: a name is never used twice.
 """
 
-import os
 import re
-import threading
-import time
 from urllib.parse import quote, unquote
+
+from nbdsrv.ulid import ULID_PATTERN, new_ulid, ulid_time
 
 __all__ = [
     "CONDEMNED",
@@ -54,40 +53,8 @@ SCRUB = "scrub/"
 MAX_GROUP = 200
 """Bytes of a group's name as it stands in a key: file systems take 255."""
 
-_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+_ULID = re.compile(ULID_PATTERN)
 _PACK = re.compile(r"[0-9a-f]{64}\.pk")
-
-
-class _Clock:
-    """ULIDs of one process ascend, also within a millisecond and when the clock steps back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = 0
-
-    def next(self) -> int:
-        with self._lock:
-            fresh = (int(time.time() * 1000) << 80) | int.from_bytes(os.urandom(10), "big")
-            self._last = max(fresh, self._last + 1)
-            return self._last
-
-
-_clock = _Clock()
-
-
-def new_ulid() -> str:
-    """A name for an object: 48 bits of milliseconds since 1970, 80 random bits; sorts by time."""
-    number = _clock.next()
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def ulid_time(ulid: str) -> float:
-    """Seconds since 1970, by the clock of who made it."""
-    number = 0
-    for letter in ulid[:10]:
-        number = number << 5 | _CROCKFORD.index(letter)
-    return number / 1000
 
 
 def ulid_of(key: str) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdsrv import ulid as ulid_module
 from nbdsrv.repository.native import layout
 from nbdsrv.store.keys import is_key
 
@@ -17,13 +18,21 @@ ULID = "01HF000000ABCDEFGHJKMNPQRS"
 def test_ulids_ascend_within_a_millisecond_and_when_the_clock_steps_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    times = iter([2_000_000_000.0, 2_000_000_000.0, 1_000_000_000.0, 2_000_000_001.0])
-    monkeypatch.setattr(layout.time, "time", lambda: next(times))
-    monkeypatch.setattr(layout, "_clock", layout._Clock())
+    times = iter([2_000_000_000, 2_000_000_000, 1_000_000_000, 2_000_000_001])
+    monkeypatch.setattr(ulid_module.time, "time_ns", lambda: next(times) * 10**9)
+    monkeypatch.setattr(ulid_module, "_clock", ulid_module._Clock())
     made = [layout.new_ulid() for _ in range(4)]
     assert sorted(set(made)) == made
     assert 2_000_000_000.0 == layout.ulid_time(made[0]) == layout.ulid_time(made[2])
     assert 2_000_000_001.0 == layout.ulid_time(made[3])
+
+
+def test_a_ulid_is_behind_one_of_a_clock_that_is_ahead() -> None:
+    ahead = "7ZZZZZZZZZ" + "0" * 16
+    behind = {ulid_module.new_ulid(ahead) for _ in range(9)}
+    assert len(behind) == 9
+    assert all(ahead < each for each in behind)
+    assert ulid_module.new_ulid() < ahead
 
 
 def test_ulids_of_threads_are_all_different() -> None:
