@@ -243,12 +243,11 @@ class NativePointWriter(PointWriter):
         )
 
     def _put_point(self, disks: list[DiskRecord], facts: Mapping[str, Any]) -> PointRecord:
-        vault, latest = self._vault, None
-        id_ = facts.get("id") or new_ulid()
-        for stored in vault.point_objects(self._group):
-            other = ulid_of(stored.key)
-            if other is not None and other < id_:
-                latest = other
+        vault = self._vault
+        others = [ulid_of(stored.key) or "" for stored in vault.point_objects(self._group)]
+        # Also if the host that made the latest one has a clock that is ahead of ours.
+        id_ = facts.get("id") or new_ulid(max(others, default=""))
+        latest = max((other for other in others if other < id_), default=None)
         record = PointRecord(
             group=self._group,
             parent=self._parent.id if self._parent else None,

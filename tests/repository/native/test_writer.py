@@ -518,3 +518,16 @@ async def test_a_root_in_a_condemned_pack_is_written_anew(
     assert record.disks[0].root.pack != old.pack
     vault.store.delete(meta_key(old.place.pack))
     assert read_back(vault, record) == content
+
+
+async def test_a_point_sorts_behind_one_of_a_host_whose_clock_is_ahead() -> None:
+    vault = fresh_vault()
+    async with running_workers() as workers:
+        ids = []
+        for given in ({"id": "7ZZZZZZZZZ" + "0" * 16}, None, None):
+            point = await begin(vault, workers, "vm")
+            await point.disk("sda", 4 * vault.config.chunk_size)
+            record = await point.commit_record(given)
+            ids.append(record.id)
+    assert sorted(set(ids)) == ids
+    assert ids[1] == record.previous
