@@ -40,8 +40,19 @@ def store(clock: Clock) -> MemoryStore:
     return MemoryStore(clock)
 
 
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """What writers that other tests have killed left running is not ours."""
+    _before.clear()
+    _before.update(threading.enumerate())
+
+
+_before: set[threading.Thread] = set()
+
+
 def threads() -> int:
-    return sum(thread.name == "nbdsrv-lease" for thread in threading.enumerate())
+    running = set(threading.enumerate()) - _before
+    return sum(thread.name == "nbdsrv-lease" for thread in running)
 
 
 def test_a_lease_is_there_while_it_is_held(store: MemoryStore, clock: Clock) -> None:
