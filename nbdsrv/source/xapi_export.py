@@ -42,6 +42,8 @@ MAX_VHD = 2040 << 30
 """Bytes of the largest disk that XAPI exports as VHD."""
 OVERHEAD = 64 << 20
 """Bytes a stream may have beyond what the disk has: tables, bitmaps."""
+ATTEMPTS = 3
+"""To have a stream whole."""
 LEAST_VHD = 2048
 """Bytes: two footers and a header."""
 MAGICS = {"vhd": b"conectix", "qcow2": b"QFI\xfb"}
@@ -54,6 +56,10 @@ def stream_format(vdi: Vdi, live: Vdi) -> str:
     if named in MAGICS:
         return named
     return "qcow2" if vdi.size > MAX_VHD else "vhd"
+
+
+class _CutOff(SourceError):
+    """A stream that ended before its end."""
 
 
 @asynccontextmanager
@@ -80,12 +86,32 @@ async def open_exported(
     except OSError as error:
         raise DiskError.from_os(f"{directory or 'a temporary file'}", error) from error
     with spool:
-        await _fill(session, vdi, kind, workers, spool)  # type: ignore[arg-type]
+        await _fill_whole(session, vdi, kind, workers, spool)  # type: ignore[arg-type]
         disk = await open_image(spool.name, kind, Opening(workers))
     try:
         yield disk
     finally:
         await disk.close()
+
+
+async def _fill_whole(
+    session: XapiSession, vdi: Vdi, kind: str, workers: Workers, spool: BinaryIO
+) -> None:
+    """Ask again for a stream that was cut off: a connection may end before its last bytes came."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            await _fill(session, vdi, kind, workers, spool)
+            return
+        except _CutOff as error:
+            if not left:
+                raise
+            log.warning("xapi.export.again vdi=%s reason=%s", vdi.uuid, error)
+        await workers.run(_empty, spool)
+
+
+def _empty(spool: BinaryIO) -> None:
+    spool.seek(0)
+    spool.truncate()
 
 
 async def _fill(
@@ -181,4 +207,4 @@ def _check_end(spool: BinaryIO, kind: str, where: str) -> None:
     except OSError as error:
         raise DiskError.from_os("spooling a disk", error) from error
     if kind == "vhd" and (size < LEAST_VHD or footer != MAGICS["vhd"]):
-        raise SourceError(f"{where}: the stream of a disk ended too soon, after {size} bytes")
+        raise _CutOff(f"{where}: the stream of a disk ended too soon, after {size} bytes")
