@@ -70,7 +70,9 @@ def parse_xml(data: bytes) -> Node:
         parser.Parse(data, True)
     except expat.ExpatError as error:
         raise XmlError(f"no XML: {expat.ErrorString(error.code)}, line {error.lineno}") from error
-    except LookupError as error:  # an encoding Python has never heard of
+    except XmlError:
+        raise
+    except (LookupError, ValueError) as error:  # one Python never heard of, or expat cannot use
         raise XmlError("no XML: an unknown encoding") from error
     if builder.root is None:  # pragma: no cover - expat has said so
         raise XmlError("no XML: no element")
