@@ -66,10 +66,23 @@ class Start:
         for snapshot in layers.snapshots:
             size = snapshot.l1_size * 8
             self._claim(file, header, snapshot.l1_table_offset, size, snapshot.position)
+        self._claim_bitmaps(layers)
         for number, word in enumerate(self.tables.l1):
             if word:
                 at = header.l1_table_offset + number * 8
                 self._claim(file, header, word & OFFSET_MASK, header.cluster_size, at)
+
+    def _claim_bitmaps(self, layers: Layers) -> None:
+        """Their directory and tables: refcounts that call them free must not cost them."""
+        file, header = layers.file, layers.header
+        if not layers.bitmaps:
+            return
+        extension = header.extensions[ExtensionType.BITMAPS]
+        fields = BITMAPS_EXTENSION.parse(extension.data)
+        start, size = fields.bitmap_directory_offset, fields.bitmap_directory_size
+        self._claim(file, header, start, size, extension.position)
+        for bitmap in layers.bitmaps:
+            self._claim(file, header, bitmap.table_position, bitmap.table_size * 8, start)
 
     def _claim(self, file: ImageFile, header: Header, position: int, length: int, at: int) -> None:
         clusters = -(-length >> header.cluster_bits)

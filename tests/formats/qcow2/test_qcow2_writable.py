@@ -186,6 +186,35 @@ async def test_nothing_is_placed_before_bitmaps_are_marked(
     await disk.close()
 
 
+async def test_bitmaps_that_the_refcounts_call_free_are_not_written_over(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """Found by fuzzing: the directory's cluster was given away."""
+    path = create(tmp_path / "disk.qcow2", "4M")
+    qemu_img("bitmap", "--add", path, "b0")
+    data = bytearray(path.read_bytes())
+    extension = data.index(bytes.fromhex("23852875"), 72, 4096)
+    directory = int.from_bytes(data[extension + 24 : extension + 32], "big")
+    table = int.from_bytes(data[48:56], "big")
+    block = int.from_bytes(data[table : table + 8], "big")
+    count = block + directory // CLUSTER * 2
+    assert data[count : count + 2] == b"\0\1"
+    data[count : count + 2] = b"\0\0"
+    path.write_bytes(data)
+    kept = data[directory : directory + 32]
+    disk = await opened(path, workers)
+    for offset in range(0, 4 * MIB, CLUSTER):
+        try:
+            await disk.write(offset, view(b"x" * CLUSTER))
+        except DiskError as error:
+            assert "repair the image" in str(error)  # noqa: PT017
+    await disk.close()
+    after = path.read_bytes()[directory : directory + 32]
+    assert after[:12] + after[16:] == kept[:12] + kept[16:]  # but for the flags
+    again = await open_image(str(path), "qcow2", Opening(workers))
+    await again.close()
+
+
 # --- abilities ---------------------------------------------------------------------------------
 
 
