@@ -6,13 +6,12 @@ import click
 
 from nbdsrv.cli.backup_print import print_outcome
 from nbdsrv.cli.init import repository_source
+from nbdsrv.cli.point_options import point_options
 from nbdsrv.cli.quantities import parse_rate
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 
 __all__ = ["backup"]
-
-MAX_LEVEL = 19
 
 
 @click.command()
@@ -29,34 +28,7 @@ MAX_LEVEL = 19
     help="Where to; several are filled by reading once.",
 )
 @click.option("--group", metavar="NAME", help="The VM.  [default: the first disk's name]")
-@click.option(
-    "--since",
-    default="auto",
-    show_default=True,
-    metavar="auto|full|POINT",
-    help="The point to build upon: the latest one, none, or this one.",
-)
-@click.option(
-    "--changed",
-    default="",
-    metavar="CONTEXT",
-    help="A meta context of the source that tells what has changed since that point.",
-)
-@click.option(
-    "--recheck",
-    type=click.FloatRange(0, 100),
-    default=1.0,
-    show_default=True,
-    metavar="PERCENT",
-    help="Of what is said to be unchanged, read so much all the same.",
-)
-@click.option(
-    "--level",
-    type=click.IntRange(0, MAX_LEVEL),
-    default=2,
-    show_default=True,
-    help="Of zstd; 0 stores as it is.",
-)
+@point_options()
 @click.option("--rate", metavar="SIZE/s", help="Read no faster, for instance 100M/s.")
 @click.option(
     "--jobs",
@@ -75,7 +47,6 @@ MAX_LEVEL = 19
     is_flag=True,
     help="Only say what would be read of each disk, and why. A VM is frozen for a moment for that.",
 )
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Of the point.")
 @click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress and print nothing.")
 def backup(

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import click
@@ -33,7 +32,6 @@ from nbdsrv.copying.writers import (
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
-from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
 from nbdsrv.repository.opening import is_repository
@@ -90,8 +88,6 @@ def copy(
     check_making(order.target, making)
     if order.target.place is Place.PIPE and sys.stdout.isatty():
         raise ConfigError(f"{target}: standard output is a terminal; redirect it")
-    if parse_source(source).kind is Kind.NBD or order.target.place is Place.NBD:
-        import_module("nbdsrv.source.nbd")  # before the clock starts
     began = time.monotonic()
     outcome = uvloop.run(_interruptible(order))
     _report(order, outcome, time.monotonic() - began, as_json=as_json)

@@ -9,6 +9,7 @@ import uvloop
 from nbdsrv.backup.engine import Order
 from nbdsrv.cli.backup_print import print_outcome
 from nbdsrv.cli.init import repository_source
+from nbdsrv.cli.point_options import point_options
 from nbdsrv.cli.proxy_run import Passing, pass_on, tee_off
 from nbdsrv.cli.serving import STDIO, Serving, server_options
 from nbdsrv.errors import ConfigError
@@ -17,7 +18,6 @@ from nbdsrv.ops.logs import set_up
 
 __all__ = ["proxy"]
 
-MAX_LEVEL = 19
 _BACKUP = ("group", "since", "changed", "recheck", "level", "labels")
 
 
@@ -43,37 +43,7 @@ _BACKUP = ("group", "since", "changed", "recheck", "level", "labels")
     help="To each SOURCE, at most.",
 )
 @click.option("--group", metavar="NAME", help="With --tee: the VM.  [default: the first disk]")
-@click.option(
-    "--since",
-    default="auto",
-    show_default=True,
-    metavar="auto|full|POINT",
-    help="With --tee: the point to build upon.",
-)
-@click.option(
-    "--changed",
-    default="",
-    metavar="CONTEXT",
-    help="With --tee: a meta context that tells what has changed since that point.",
-)
-@click.option(
-    "--recheck",
-    type=click.FloatRange(0, 100),
-    default=1.0,
-    show_default=True,
-    metavar="PERCENT",
-    help="With --tee: of what is said to be unchanged, read so much all the same.",
-)
-@click.option(
-    "--level",
-    type=click.IntRange(0, MAX_LEVEL),
-    default=2,
-    show_default=True,
-    help="With --tee: of zstd; 0 stores as it is.",
-)
-@click.option(
-    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="With --tee: of the point."
-)
+@point_options("With --tee: ")
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was stored as JSON.")
 @click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")

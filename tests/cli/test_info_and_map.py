@@ -1,6 +1,7 @@
 """``nbdsrv info`` and ``nbdsrv map``, beside what qemu-img says of the same file."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_every_size_to_the_byte(tmp_path: Path, image: Image) -> None:
 
 
 def qemu_map(path: Path) -> list[dict[str, Any]]:
-    if shutil.which("qemu-img") is None:
+    if shutil.which("qemu-img") is None and not os.environ.get("CI"):
         pytest.skip("qemu-img is not installed")
     command = ["qemu-img", "map", "-f", "raw", "--output=json", str(path)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
