@@ -28,10 +28,11 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.repository.native.layout import ulid_of
 from nbdsrv.repository.native.point import DiskRecord, PointRecord
+from nbdsrv.repository.repository import CHANGED_SINCE
 
 __all__ = ["CHANGED_SINCE", "Mode", "Plan", "Tracking", "identity", "plan_disk", "wanted_contexts"]
 
-CHANGED_SINCE = "nbdsrv:changed-since:"
+
 NAMED = "named"
 
 
@@ -92,7 +93,7 @@ def identity(disk: Disk, source: Source | None) -> str | None:
     """The point a source is, if it is one of a repository of ours; None for anything else."""
     if source is None or source.partition is not None:
         return None
-    if source.kind is Kind.REPOSITORY:
+    if source.kind is Kind.REPOSITORY and disk.format == "repo":  # others' ids are not unique
         point = disk.facts.get("point")
         return point if isinstance(point, str) else None
     if source.kind is Kind.NBD:

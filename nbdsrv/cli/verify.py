@@ -7,27 +7,26 @@ from dataclasses import asdict
 import click
 import uvloop
 
+from nbdsrv.cli.damage import print_finding
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.quantities import parse_size
 from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.verify_foreign import verify_foreign
 from nbdsrv.cli.words import counted, human
 from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
-from nbdsrv.repository.native.damage import Finding
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.verify import LEVELS, Budget, Verified
 from nbdsrv.repository.native.verify import verify as verify_vault
-from nbdsrv.repository.opening import open_keyless, open_repository, open_vault
+from nbdsrv.repository.opening import NATIVE, open_keyless, open_repository, open_vault
 from nbdsrv.repository.selector import LATEST, latest_with, scope_of
 
 __all__ = ["verify"]
 
 DAMAGED = 3
 """Exit code where damage was found; 1 is for what could not be verified."""
-SHOWN = 10
-"""Lines of disks that are hurt by one damage, on a terminal; --json has all."""
 
 Chosen = Callable[[PointRecord], Iterable[str]]
 
@@ -84,6 +83,12 @@ def verify(
         raise ConfigError(f"{repository}: verify takes a repository; for instance repo:/path")
     if without_key and (level != "packs" or source.selector):
         raise ConfigError(f"{repository}: --without-key goes with --level packs and no selector")
+    if source.scheme not in NATIVE:
+        if without_key or sample is not None or time_budget or max_bytes:
+            text = "--without-key, --sample, --time-budget and --max-bytes are for repo: only"
+            raise ConfigError(f"{repository}: {text}")
+        verify_foreign(source, level, as_json=as_json, quiet=quiet)
+        return
     vault = open_keyless(source) if without_key else open_vault(source)
     try:
         with progress("verifying", quiet=quiet) as advance:
@@ -148,7 +153,7 @@ async def _chosen(source: Source) -> Chosen:
 
 def _print(done: Verified, *, quiet: bool) -> None:
     for finding in done.findings:
-        _print_finding(finding)
+        print_finding(finding)
     for text in done.unread:
         click.echo(f"could not be read: {text}")
     if quiet:
@@ -167,19 +172,3 @@ def _print(done: Verified, *, quiet: bool) -> None:
         f"{counted(done.points, 'point')}, {counted(done.disks, 'disk')},"
         f" {counted(done.packs, 'pack')}{checked}: {damage}"
     )
-
-
-def _print_finding(finding: Finding) -> None:
-    where = f" at {finding.offset}" if finding.offset is not None else ""
-    click.echo(f"damaged: {finding.key}{where}: {finding.text}")
-    for hurt in finding.hurts[:SHOWN]:
-        ranges = ", ".join(f"{length} at {offset}" for offset, length in hurt.ranges[:3])
-        more = f" and {len(hurt.ranges) - 3} more ranges" if len(hurt.ranges) > 3 else ""
-        what = f" {hurt.disk}: {ranges}{more}" if hurt.disk else ": all of it"
-        click.echo(f"  hurts {hurt.point}{what}")
-    if len(finding.hurts) > SHOWN:
-        click.echo(f"  hurts {len(finding.hurts) - SHOWN} more disks; --json names them")
-    if finding.copies:
-        click.echo(f"  intact copies: {', '.join(finding.copies[:3])}")
-    if finding.advice:
-        click.echo(f"  {finding.advice}")

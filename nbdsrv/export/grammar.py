@@ -46,7 +46,18 @@ FORMATS = frozenset(
     }
 )
 REPOSITORIES = frozenset(
-    {"repo", "repo+s3", "xo", "pbs", "virtnbdbackup", "casync", "benji", "restic", "borg"}
+    {
+        "repo",
+        "repo+s3",
+        "xo",
+        "xo+s3",
+        "pbs",
+        "virtnbdbackup",
+        "casync",
+        "benji",
+        "restic",
+        "borg",
+    }
 )
 HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
 NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix"})

@@ -52,6 +52,23 @@ class ImageFile:
         self.writable = writable
         self.residency = Residency(inline_flags(fd))
 
+    @classmethod
+    def from_descriptor(cls, path: str, fd: int) -> "ImageFile":
+        """A regular file that is open for reading; becomes the owner of ``fd``, also if it raises.
+
+        Args:
+            path: for messages.
+            fd: its descriptor.
+
+        Raises:
+            DiskError: the descriptor cannot be asked.
+        """
+        try:
+            return cls(path, fd, size=os.fstat(fd).st_size, device=False, writable=False)
+        except OSError as error:
+            os.close(fd)
+            raise DiskError.from_os(path, error) from error
+
     def part(self, base: int, size: int, name: str) -> "ImageFile":
         """A range of this file as a file of its own, with its own descriptor.
 

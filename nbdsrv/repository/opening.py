@@ -1,19 +1,29 @@
 """From a SOURCE that names a repository to the open repository."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import UnsupportedImage
+from nbdsrv.errors import ConfigError, UnsupportedImage
 from nbdsrv.export.grammar import Source
 from nbdsrv.repository.native.spans import SpanStore
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.passphrase import passphrase_of
 from nbdsrv.repository.repository import Repository
-from nbdsrv.store.opening import open_store
+from nbdsrv.store.directory_tree import DirectoryTree
+from nbdsrv.store.opening import bucket_of, open_store
+from nbdsrv.store.tree import Tree
 
-__all__ = ["NATIVE", "is_repository", "open_keyless", "open_repository", "open_vault"]
+__all__ = [
+    "NATIVE",
+    "is_repository",
+    "open_keyless",
+    "open_repository",
+    "open_tree",
+    "open_vault",
+]
 
 NATIVE = frozenset({"repo", "repo+s3"})
+S3 = "+s3"
 
 
 def is_repository(text: str) -> bool:
@@ -65,9 +75,89 @@ async def open_repository(
     Raises:
         ConfigError, DiskError: as ``open_vault``.
     """
-    if source.scheme not in NATIVE:
-        raise UnsupportedImage(f"{source.text}: repositories of this kind are not served yet")
-    from nbdsrv.repository.native.repository import NativeRepository
+    if source.scheme in NATIVE:
+        from nbdsrv.repository.native.repository import NativeRepository
 
-    vault = await workers.look_up(open_vault, source, passphrase)
-    return NativeRepository(vault, workers)
+        vault = await workers.look_up(open_vault, source, passphrase)
+        return NativeRepository(vault, workers)
+    opener = _OPENERS.get(source.scheme)
+    if opener is None:
+        raise UnsupportedImage(f"{source.text}: repositories of this kind are not served yet")
+    return await opener(source, workers, passphrase)
+
+
+def open_tree(source: Source) -> Tree:
+    """The directory or bucket where another tool's repository lies. Blocking.
+
+    Raises:
+        ConfigError: no such place can be, or what S3 needs is not installed or set.
+        StoreError: there is no such directory.
+    """
+    if not source.scheme.endswith(S3):
+        return DirectoryTree(source.location)
+    bucket, prefix = bucket_of(source.scheme, source.location)
+    try:
+        from nbdsrv.store.s3_tree import S3Tree
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != "obstore":
+            raise
+        text = f"{source.text}: S3 needs obstore; pip install 'nbdsrv[s3]'"
+        raise ConfigError(text) from error
+    return S3Tree(bucket, prefix)
+
+
+Passphrase = Callable[[], str]
+
+
+async def _open_xo(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.xo.repository import open_xo
+
+    return await open_xo(source, workers, passphrase)
+
+
+async def _open_pbs(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.pbs.repository import open_pbs
+
+    return await open_pbs(source, workers, passphrase)
+
+
+async def _open_virtnbd(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.virtnbdbackup.repository import open_virtnbdbackup
+
+    return await open_virtnbdbackup(source, workers, passphrase)
+
+
+async def _open_casync(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.casync.repository import open_casync
+
+    return await open_casync(source, workers, passphrase)
+
+
+async def _open_benji(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.benji.repository import open_benji
+
+    return await open_benji(source, workers, passphrase)
+
+
+async def _open_restic(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.restic.repository import open_restic
+
+    return await open_restic(source, workers, passphrase)
+
+
+async def _open_borg(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
+    from nbdsrv.repository.borg.repository import open_borg
+
+    return await open_borg(source, workers, passphrase)
+
+
+_OPENERS: dict[str, Callable[[Source, Workers, Passphrase], Awaitable[Repository]]] = {
+    "xo": _open_xo,
+    "xo+s3": _open_xo,
+    "pbs": _open_pbs,
+    "virtnbdbackup": _open_virtnbd,
+    "casync": _open_casync,
+    "benji": _open_benji,
+    "restic": _open_restic,
+    "borg": _open_borg,
+}

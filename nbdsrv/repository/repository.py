@@ -10,15 +10,18 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.errors import RepositoryError
+from nbdsrv.repository.damage import Check
 
 __all__ = [
+    "CHANGED_SINCE",
+    "LEVELS",
     "DiskFacts",
     "DiskWriter",
     "Point",
@@ -26,6 +29,13 @@ __all__ = [
     "Repository",
     "WriteSummary",
 ]
+
+LEVELS = ("structure", "packs", "chunks")
+"""How deep ``verify`` looks. structure: listings and metadata agree, everything named is there;
+packs: also what is stored has the checksums the format keeps of it; chunks: also every byte of
+every disk can be read, decoded and, where the format can prove it, is what was backed up."""
+CHANGED_SINCE = "nbdsrv:changed-since:"
+"""A meta context for each other point of the disk: 1 where it differs from what it was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,28 @@ class Repository(ABC):
         """
         del group, parent
         raise RepositoryError(f"{self.name}: repositories of this kind are only read")
+
+    async def verify(
+        self,
+        level: str,
+        points: Sequence[Point] | None = None,
+        disk: str | None = None,
+        *,
+        advance: Callable[[int, int], None] = lambda _, __: None,
+    ) -> Check:
+        """Look for damage, as deep as the format allows.
+
+        Args:
+            level: one of ``LEVELS``; each contains those before it.
+            points: these; None for all, and for what belongs to no point.
+            disk: only disks of that name.
+            advance: called now and then with (bytes done, bytes to do).
+
+        Raises:
+            DiskError: the repository cannot be read at all.
+        """
+        del level, points, disk, advance
+        raise RepositoryError(f"{self.name}: repositories of this kind cannot be verified")
 
     @abstractmethod
     async def close(self) -> None:

@@ -7,7 +7,7 @@ from nbdsrv.store.directory import DirectoryStore
 from nbdsrv.store.keys import is_key
 from nbdsrv.store.store import Store
 
-__all__ = ["open_store"]
+__all__ = ["bucket_of", "open_store"]
 
 MAX_PREFIX = 300
 """Bytes of a prefix: with the longest key it still fits what S3 takes."""
@@ -38,16 +38,27 @@ def _open_directory(path: str) -> Store:
     return DirectoryStore(path)
 
 
-def _open_bucket(location: str) -> Store:
-    text = f"repo+s3:{location}"
+def bucket_of(scheme: str, location: str) -> tuple[str, str]:
+    """Bucket and prefix of ``//bucket/prefix``.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    text = f"{scheme}:{location}"
     bucket, _, prefix = location.removeprefix("//").partition("/")
     prefix = prefix.removesuffix("/")
     if not location.startswith("//") or not _BUCKET.fullmatch(bucket):
-        raise ConfigError(f"{text}: not of the form repo+s3://bucket/prefix")
+        raise ConfigError(f"{text}: not of the form {scheme}://bucket/prefix")
     if prefix and not (is_key(prefix) and len(prefix) <= MAX_PREFIX):
         raise ConfigError(
             f"{text}: {prefix!r} cannot be a prefix; letters, digits and . _ - % between slashes"
         )
+    return bucket, prefix
+
+
+def _open_bucket(location: str) -> Store:
+    text = f"repo+s3:{location}"
+    bucket, prefix = bucket_of("repo+s3", location)
     try:
         from nbdsrv.store.s3 import S3Store
     except ImportError as error:

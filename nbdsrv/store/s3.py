@@ -42,7 +42,7 @@ from nbdsrv.store.store import MAX_OBJECT, Data, ObjectMissing, Store, Stored, S
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
-__all__ = ["S3Store"]
+__all__ = ["S3Store", "open_bucket"]
 
 COALESCE = 1 << 20
 """Bytes between two ranges that are rather read too than asked for around: a round trip's worth."""
@@ -79,9 +79,9 @@ class S3Store(Store):
         self._bucket = bucket
         self._prefix = prefix
         self._options = options
-        self._reading = _bucket(bucket, prefix, options, stall=True)
+        self._reading = open_bucket(bucket, prefix, options, stall=True)
         # A long upload is no stall: the answer to it comes after the last byte only.
-        self._writing = _bucket(bucket, prefix, options, stall=False)
+        self._writing = open_bucket(bucket, prefix, options, stall=False)
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -217,7 +217,7 @@ class S3Store(Store):
             return self._threads
 
 
-def _bucket(bucket: str, prefix: str, options: S3Options, *, stall: bool) -> Bucket:
+def open_bucket(bucket: str, prefix: str, options: S3Options, *, stall: bool) -> Bucket:
     # One DELETE for one object: Amazon's bulk form is not known everywhere.
     config: S3Config = {"disable_bulk_delete": True}
     if options.endpoint:

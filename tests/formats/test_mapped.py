@@ -14,9 +14,10 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import BlockRun, FileRun, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.formats import mapped
+from nbdsrv.formats import paged
 from nbdsrv.formats.image_file import ImageFile, open_image_file
-from nbdsrv.formats.mapped import Kind, MappedDisk, Page, Segment
+from nbdsrv.formats.mapped import MappedDisk
+from nbdsrv.formats.page import Kind, Page, Segment
 from nbdsrv.formats.raw import open_raw
 from protocol.contexts import ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ZERO
@@ -175,8 +176,8 @@ async def test_a_page_is_read_once_however_many_want_it(workers: Workers, tmp_pa
 async def test_memory_is_bounded_and_everything_still_readable(
     workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "MAX_SEGMENTS", 20)
-    monkeypatch.setattr(mapped, "AHEAD_SEGMENTS", 10)
+    monkeypatch.setattr(paged, "MAX_SEGMENTS", 20)
+    monkeypatch.setattr(paged, "AHEAD_SEGMENTS", 10)
     image = Made(tmp_path / "image", 200 * CLUSTER + 1, seed=6)
     disk = image.open(workers)
     for at in range(0, image.size - 3 * CLUSTER, 2 * CLUSTER):

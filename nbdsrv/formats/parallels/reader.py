@@ -19,8 +19,9 @@ from dataclasses import replace
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.parallels.bundle import find_parent
 from nbdsrv.formats.parallels.header import Header, read_header
 from nbdsrv.formats.parallels.structs import HEADER_SIZE

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow.header import Header, read_header
 from nbdsrv.formats.qcow.structs import COMPRESSED, SECTOR
 from nbdsrv.formats.qcow2.claims import Claim, conflicts, without_conflicts

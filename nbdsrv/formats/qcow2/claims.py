@@ -12,7 +12,7 @@ Two entries may share a cluster when neither says that it is its only user (no C
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow2.faults import Fault, fault_key
 
 __all__ = ["Claim", "conflicts", "without_conflicts"]

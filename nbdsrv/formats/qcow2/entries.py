@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator
 
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow2.claims import Claim
 from nbdsrv.formats.qcow2.faults import Fault, fault_key
 from nbdsrv.formats.qcow2.header import Header

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow2.bitmaps import Bitmap, dirty_extents
 from nbdsrv.formats.qcow2.claims import Claim, conflicts, without_conflicts
 from nbdsrv.formats.qcow2.compression import decompressor

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow2.entries import words_of
 from nbdsrv.formats.qcow2.header import Header
 

@@ -22,8 +22,8 @@ from nbdsrv.disk.runs import FileRun, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind
 from nbdsrv.formats.qcow2.opening import open_layers
 from nbdsrv.formats.qcow2.reader import Layers
 from nbdsrv.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG

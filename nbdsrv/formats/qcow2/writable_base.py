@@ -28,7 +28,7 @@ from typing import TypeVar, TypeVarTuple
 from nbdsrv.disk.runs import FileRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
-from nbdsrv.formats.mapped import Kind, Page
+from nbdsrv.formats.page import Kind, Page
 from nbdsrv.formats.qcow2.claims import Claim
 from nbdsrv.formats.qcow2.reader import Layers, Qcow2Disk
 from nbdsrv.formats.qcow2.structs import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO_FLAG

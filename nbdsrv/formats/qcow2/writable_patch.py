@@ -7,7 +7,7 @@
     after    |= a' =|## new ##|a|.. b ..|      neighbours merge where the file goes on
 """
 
-from nbdsrv.formats.mapped import Kind, Page, Stretch
+from nbdsrv.formats.page import Kind, Page, Stretch
 
 __all__ = ["Stretch", "patch"]
 

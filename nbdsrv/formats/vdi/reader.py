@@ -19,8 +19,9 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.vdi.header import Header, read_header
 from nbdsrv.formats.vdi.parent import find_parent, prove_parent
 from nbdsrv.formats.vdi.structs import ABSENT, DISCARDED

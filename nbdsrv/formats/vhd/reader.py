@@ -22,8 +22,9 @@ from uuid import UUID
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Page, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Page, Segment
 from nbdsrv.formats.raw import RawDisk
 from nbdsrv.formats.vhd.metadata import Footer, Header, read_footer, read_header
 from nbdsrv.formats.vhd.parents import find_parent, parent_names

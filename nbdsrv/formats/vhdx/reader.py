@@ -26,8 +26,9 @@ from uuid import UUID
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.vhd.parents import find_parent, windows_names
 from nbdsrv.formats.vhd.sectors import stretches
 from nbdsrv.formats.vhdx.headers import read_creator, read_header

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from nbdsrv.formats.image_file import MAX_METADATA, ImageFile
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 
 __all__ = ["Patch", "Replayed"]
 

@@ -14,7 +14,7 @@ from typing import cast
 
 from isal import isal_zlib
 
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.vmdk.hosted import HostedExtent
 from nbdsrv.formats.vmdk.structs import GRAIN_MARKER, SECTOR
 

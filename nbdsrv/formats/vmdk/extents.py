@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.vmdk.structs import SECTOR
 
 __all__ = ["Extent", "FlatExtent", "SparseExtent", "ZeroExtent", "check_grain"]

@@ -30,8 +30,9 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Segment
 from nbdsrv.formats.raw import RawDisk
 from nbdsrv.formats.vmdk.compressed import KEY_BITS
 from nbdsrv.formats.vmdk.descriptor import Descriptor

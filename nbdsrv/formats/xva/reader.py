@@ -18,8 +18,9 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.mapped import Kind, MappedDisk, Segment
+from nbdsrv.formats.mapped import MappedDisk
 from nbdsrv.formats.opening import Opening
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.turns import in_turns
 from nbdsrv.formats.xva.chunks import CHUNK, Chunks, find_chunks
 from nbdsrv.formats.xva.manifest import Manifest, Vdi

@@ -1,7 +1,7 @@
 """What becomes of segments when some clusters of the image file are claimed twice."""
 
 from nbdsrv.formats.image_file import open_image_file
-from nbdsrv.formats.mapped import Kind, Segment
+from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.qcow2.claims import without_conflicts
 
 CLUSTER = 4096

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdsrv.formats.mapped import Kind, Page, Segment
+from nbdsrv.formats.page import Kind, Page, Segment
 from nbdsrv.formats.qcow2.writable_patch import patch
 
 START, CLUSTERS = 1 << 20, 40
