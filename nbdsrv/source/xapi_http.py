@@ -13,11 +13,12 @@ import asyncio
 import hashlib
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from nbdsrv.source.hypervisor import SourceError
 from nbdsrv.source.xapi_place import Access
+from nbdsrv.source.xapi_stream import TlsStream
 
 __all__ = ["Answer", "HttpServer", "exchange"]
 
@@ -29,8 +30,6 @@ CONNECT_S = 20.0
 """Seconds until a connection is secure."""
 STALL_S = 300.0
 """Seconds in which at least something of a body must move."""
-CLOSE_S = 1.0
-"""Seconds for a polite end of TLS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +50,12 @@ class Answer:
     """A status, headers in lower case, and a body that has not been read yet."""
 
     def __init__(
-        self, name: str, status: int, headers: Mapping[str, str], reader: asyncio.StreamReader
+        self, name: str, status: int, headers: Mapping[str, str], stream: TlsStream
     ) -> None:
         self.status = status
         self.headers = headers
         self._name = name
-        self._reader = reader
+        self._stream = stream
 
     async def whole(self, limit: int) -> bytes:
         """The body.
@@ -94,7 +93,7 @@ class Answer:
 
     async def _some(self, limit: int) -> bytes:
         async with asyncio.timeout(STALL_S):
-            return await self._reader.read(limit)
+            return await self._stream.read(limit)
 
     async def _exactly(self, length: int) -> AsyncIterator[bytes]:
         while length:
@@ -107,13 +106,13 @@ class Answer:
     async def _chunks(self) -> AsyncIterator[bytes]:
         while True:
             async with asyncio.timeout(STALL_S):
-                line = await self._reader.readuntil(b"\n")
+                line = await self._stream.readuntil(b"\n", MAX_HEAD)
             length = _number(line.split(b";")[0].strip().decode("ascii"), 16)
             if not length:
                 return
             async for part in self._exactly(length):
                 yield part
-            await self._reader.readexactly(2)
+            await self._stream.readexactly(2)
 
 
 def _number(text: str, base: int) -> int:
@@ -145,7 +144,7 @@ async def exchange(
     Raises:
         SourceError: no connection, a certificate that is not trusted, or no HTTP.
     """
-    reader, writer = await _connect(server)
+    stream = await _connect(server)
     try:
         count = len(body) if isinstance(body, bytes) else length or 0
         kind = "application/json" if method == "POST" else "application/octet-stream"
@@ -155,17 +154,17 @@ async def exchange(
             "Connection: close\r\n\r\n"
         )
         try:
-            writer.write(head.encode("ascii"))
+            async with asyncio.timeout(STALL_S):
+                await stream.write(head.encode("ascii"))
             if isinstance(body, bytes):
-                writer.write(body)
+                async with asyncio.timeout(STALL_S):
+                    await stream.write(body)
             else:
                 async for part in body:
-                    writer.write(part)
                     async with asyncio.timeout(STALL_S):
-                        await writer.drain()
+                        await stream.write(part)
             async with asyncio.timeout(answer_s):
-                await writer.drain()
-                answer = await _head(server, reader)
+                answer = await _head(server, stream)
         except TimeoutError:
             raise SourceError(f"{server.name}: no answer, or nothing is taken there") from None
         except OSError as error:
@@ -175,18 +174,13 @@ async def exchange(
         except OSError as error:
             raise SourceError(f"{server.name}: the connection broke: {error}") from error
     finally:
-        writer.close()
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await writer.wait_closed()
+        stream.close()
 
 
-async def _connect(server: HttpServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connect(server: HttpServer) -> TlsStream:
     try:
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(
-                server.host, server.port, ssl=server.access.context, limit=PART
-            )
+            stream = await TlsStream.connect(server.host, server.port, server.access.context)
     except TimeoutError:
         raise SourceError(f"{server.name}: no connection within {CONNECT_S:g} s") from None
     except ssl.SSLCertVerificationError as error:
@@ -198,18 +192,17 @@ async def _connect(server: HttpServer) -> tuple[asyncio.StreamReader, asyncio.St
         reason = getattr(error, "reason", None) or error.strerror or error
         raise SourceError(f"{server.name}: {reason}") from error
     if server.access.fingerprints:
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
-        digest = hashlib.sha256(shown).hexdigest()
+        digest = hashlib.sha256(stream.certificate).hexdigest()
         if digest not in server.access.fingerprints:
-            writer.transport.abort()
+            stream.close()
             text = "is none of NBDSRV_XAPI_FINGERPRINT; is that host the one you mean?"
             raise SourceError(f"{server.name}: its certificate has SHA-256 {digest}, which {text}")
-    return reader, writer
+    return stream
 
 
-async def _head(server: HttpServer, reader: asyncio.StreamReader) -> Answer:
+async def _head(server: HttpServer, stream: TlsStream) -> Answer:
     try:
-        head = await reader.readuntil(b"\r\n\r\n")
+        head = await stream.readuntil(b"\r\n\r\n", MAX_HEAD)
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         raise SourceError(f"{server.name}: no HTTP answer") from error
     lines = head.decode("latin-1").split("\r\n")
@@ -222,4 +215,4 @@ async def _head(server: HttpServer, reader: asyncio.StreamReader) -> Answer:
         headers[key.strip().lower()] = value.strip()
     if not (words[1].isdigit() and len(words[1]) == 3):
         raise SourceError(f"{server.name}: no HTTP answer")
-    return Answer(server.name, int(words[1]), headers, reader)
+    return Answer(server.name, int(words[1]), headers, stream)
