@@ -98,7 +98,6 @@ def test_parts_are_read_as_they_are_asked_for(certificates: Certificates, run: R
 
 @PAIRS
 def test_a_stranger_is_not_talked_to(certificates: Certificates, run: Run) -> None:
-    sender = Sender(certificates, 0, politely=True)
     listener = socket.create_server(("127.0.0.1", 0))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates.server.certificate, certificates.server.key)
@@ -106,8 +105,9 @@ def test_a_stranger_is_not_talked_to(certificates: Certificates, run: Run) -> No
     def refuse() -> None:
         plain, _ = listener.accept()
         plain.settimeout(20)
-        with plain, pytest.raises(OSError):  # noqa: PT011 - whatever the alert is called
-            context.wrap_socket(plain, server_side=True).recv(1)
+        sock = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+        with sock, pytest.raises(OSError):  # noqa: PT011 - whatever the alert is called
+            sock.do_handshake()
 
     thread = threading.Thread(target=refuse)
     thread.start()
@@ -122,4 +122,3 @@ def test_a_stranger_is_not_talked_to(certificates: Certificates, run: Run) -> No
     run(connect())
     thread.join(20)
     listener.close()
-    sender.join()
