@@ -10,7 +10,6 @@
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.hashing import ID_SIZE
 from nbdsrv.repository.native.pages import Pages
-from nbdsrv.repository.native.slots import SLOT_SIZE
 
 __all__ = ["CHANGED", "UNCHANGED", "changes"]
 
@@ -53,15 +52,16 @@ def _slot_by_slot(
     mine: Pages, theirs: Pages, number: int, offset: int, end: int
 ) -> list[tuple[int, int]]:
     try:
-        ours, other = mine.get(number).slots, theirs.get(number).slots
+        page, other = mine.get(number), theirs.get(number).slots
     except DiskError:
         return [(end - offset, CHANGED)]
+    ours, step = page.slots, page.step
     chunk = mine.root.chunk_size
     first = number * mine.root.page_slots
     found: list[tuple[int, int]] = []
     at = offset
     for index in range(offset // chunk - first, -(-end // chunk) - first):
-        slot = index * SLOT_SIZE
+        slot = index * step
         same = ours[slot : slot + ID_SIZE] == other[slot : slot + ID_SIZE]
         stop = min((first + index + 1) * chunk, end)
         if found and found[-1][1] != same:

@@ -263,7 +263,10 @@ class _Run:
         done.damage += [str(error) for error in census.damage.values()]
         done.packs = len(census.packs)
         done.stored_bytes = sum(stored.size for stored in census.packs.values())
-        done.live_bytes = sum(live.bytes for live in found.live.values())
+        packs = census.packs
+        done.live_bytes = sum(
+            min(live.bytes, packs[name].size) for name, live in found.live.items() if name in packs
+        )
 
     def _lease_key(self) -> str:
         assert self._lease is not None

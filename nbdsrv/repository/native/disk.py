@@ -37,7 +37,7 @@ from nbdsrv.repository.native.vault import Vault
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ExtentList
 
-__all__ = ["CHANGED_SINCE", "PointDisk"]
+__all__ = ["CHANGED_SINCE", "SMALL_MAP", "PointDisk"]
 
 CHANGED_SINCE = "nbdsrv:changed-since:"
 """A meta context for each other point: 1 where the disk differs from what it was there, else 0."""
@@ -49,6 +49,9 @@ MAX_LOADS = 64
 """Pages read for one answer: some ten milliseconds."""
 AHEAD = 16
 """Pages read along with one that is wanted by who reads on; 2 GiB of the disk."""
+SMALL_MAP = 64
+"""Pages of a map that is read when the disk is opened, some 5 ms: 8 GiB of data. Whoever boots
+from it reads here and there, and would wait for each of them."""
 TURNS = 16
 """Pages read at a time."""
 MAX_OTHERS = 4
@@ -138,6 +141,11 @@ class PointDisk(Disk):
             "new_bytes": record.new_bytes,
         }
 
+    async def prepare(self) -> None:
+        """Read the map if it is small and near, so that nobody has to wait for it later."""
+        if self._distant is None:
+            await self.workers.run(self.pages.load_small, SMALL_MAP)
+
     # --- addresses -----------------------------------------------------------------------------
 
     def locate(self, offset: int, length: int) -> Sequence[Run] | None:
@@ -153,15 +161,25 @@ class PointDisk(Disk):
             return None
         if page.zeroes[key % self._slots]:
             return (ZeroRun(length),)
-        return (self._run(key, skip, length),)
-
-    def _run(self, chunk: int, skip: int, length: int) -> BlockRun:
-        """A frame for what lies within one; else the whole chunk, or where that is there anyway."""
-        key = chunk * self._stride
         frame, inside = divmod(skip, FRAME)
+        key *= self._stride
         if inside + length > FRAME or self._stride == 2 or key in self._blocks.held:
-            return BlockRun(self._blocks, key, skip, length)
-        return BlockRun(self._blocks, key + 1 + frame, inside, length)
+            return self._runs(key, skip, length)
+        return (BlockRun(self._blocks, key + 1 + frame, inside, length),)
+
+    def _runs(self, key: int, skip: int, length: int) -> list[Run]:
+        """Of the chunk of that key: its frames, or all of it if half is wanted, or it is there."""
+        blocks = self._blocks
+        if self._stride == 2 or 2 * length > self._chunk or key in blocks.held:
+            return [BlockRun(blocks, key, skip, length)]
+        runs: list[Run] = []
+        while length:
+            frame, inside = divmod(skip, FRAME)
+            part = min(FRAME - inside, length)
+            runs.append(BlockRun(blocks, key + 1 + frame, inside, part))
+            skip += part
+            length -= part
+        return runs
 
     def _locate(self, offset: int, length: int) -> Sequence[Run] | None:
         runs: list[Run] = []
@@ -180,7 +198,7 @@ class PointDisk(Disk):
                 if zeroes:
                     runs.append(ZeroRun(zeroes))
                     zeroes = 0
-                runs.append(self._run(key, skip, part))
+                runs += self._runs(key * self._stride, skip, part)
             at += part
         if zeroes:
             runs.append(ZeroRun(zeroes))
@@ -236,7 +254,7 @@ class PointDisk(Disk):
         if not part or held is None or held.page is None or held.zeroes[index]:
             return False
         length = min(self._chunk, self._root.size - chunk * self._chunk)
-        return self._reader.at_hand(held.page.id(index), held.page.place(index), length, part - 1)
+        return self._reader.at_hand(held.page.place(index), length, part - 1)
 
     async def cache(self, offset: int, length: int) -> None:
         """Decode the chunks of the range, so that they are in memory."""

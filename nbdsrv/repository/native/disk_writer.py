@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from nbdsrv.copying.survey import DataMap
 from nbdsrv.copying.zeroes import is_zero
 from nbdsrv.errors import DiskError
-from nbdsrv.repository.native.frames import encode_frames
+from nbdsrv.repository.native.frames import Framed, encode_frames
 from nbdsrv.repository.native.hashing import ID_SIZE
 from nbdsrv.repository.native.map_writer import MapWriter
 from nbdsrv.repository.native.pack_writer import Filled, PackWriter
@@ -36,7 +36,7 @@ class _Fresh(NamedTuple):
     chunk: int
     id: bytes
     length: int
-    body: bytes | None = None
+    body: Framed | None = None
 
 
 class _Findings(NamedTuple):

@@ -23,9 +23,9 @@ from nbdsrv.repository.native.entry import (
     MAX_CONTENT,
     Kind,
     Place,
-    entry_body,
     open_entry,
 )
+from nbdsrv.repository.native.frames import expand_frames, frame_span, is_raw, open_frame
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.layout import meta_key, pack_key
 from nbdsrv.repository.native.pack import HEADER_SIZE, MAX_PACK, parse_header
@@ -101,25 +101,37 @@ class Entries:
             StoreError: the store does not answer.
         """
         with self._opening(kind, place) as (seal, data):
-            return open_entry(seal, self._hashing, id_, kind, data)
+            return open_entry(seal, self._hashing, place.offset, id_, kind, data)
 
-    def body_there(self, kind: Kind, id_: bytes, place: Place, length: int) -> Data:
-        """The body of an entry whose content has ``length`` bytes, from that very place.
+    def frame_there(self, id_: bytes, place: Place, length: int, number: int) -> bytes:
+        """One frame of a chunk of ``length`` bytes, from that very place; one read.
 
-        It is decrypted and still encoded, and not proven to be what its id says.
+        Raises:
+            BrokenPayload: the place's lengths cannot be.
+            as ``read_there``.
+        """
+        span = frame_span(place.frames, length, number)
+        with self._opening(Kind.CHUNK, place, span) as (seal, piece):
+            raw = is_raw(place.frames, number)
+            return open_frame(seal, place.offset, id_, length, number, piece, raw=raw)
+
+    def chunk_there(self, id_: bytes, place: Place, length: int) -> bytes:
+        """A chunk of ``length`` bytes, each of its frames proven, from that very place.
 
         Raises:
             as ``read_there``.
         """
-        with self._opening(kind, place) as (seal, data):
-            entry, body = entry_body(seal, id_, kind, data)
-            if entry.ulen != length:
-                raise BrokenPayload(f"the content has {entry.ulen} bytes, not {length}")
-            return body
+        with self._opening(Kind.CHUNK, place, (0, place.length)) as (seal, payload):
+            return expand_frames(place.frames, payload, seal, place.offset, id_, length)
 
     @contextmanager
-    def _opening(self, kind: Kind, place: Place) -> Iterator[tuple[Seal, Data]]:
-        """The key for an entry and its bytes; what is broken about it is told with its place."""
+    def _opening(
+        self, kind: Kind, place: Place, span: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Seal, Data]]:
+        """The key for an entry and its bytes; what is broken about it is told with its place.
+
+        ``span``: (position, length) in the payload; None for all, the header included.
+        """
         key = key_of(kind, place.pack)
         if not (
             HEADER_SIZE <= place.offset < MAX_PACK and 0 <= place.length <= MAX_CONTENT + TAG_SIZE
@@ -127,7 +139,10 @@ class Entries:
             # From a record of an index, say: nothing is allocated for it.
             text = f"corrupt repository: {key} at {place.offset}: no entry can be there"
             raise CorruptImage(text)
-        data = self._store.get_range(key, place.offset, ENTRY_SIZE + place.length)
+        start, size = place.offset, ENTRY_SIZE + place.length
+        if span is not None:
+            start, size = start + ENTRY_SIZE + span[0], span[1]
+        data = self._store.get_range(key, start, size)
         try:
             yield self._plain or self._seal(key), data
         except BrokenPayload as error:
@@ -136,6 +151,15 @@ class Entries:
                 self._seals.pop(key, None)
             text = f"corrupt repository: {key} at {place.offset}: {error}"
             raise CorruptImage(text) from error
+
+    def seal_of(self, pack: bytes) -> Seal:
+        """The key of a pack of chunks; read from its header the first time.
+
+        Raises:
+            BrokenPayload: that is damaged.
+            StoreError: the store does not answer.
+        """
+        return self._plain or self._seal(pack_key(pack))
 
     def _seal(self, key: str) -> Seal:
         found = self._seals.get(key)

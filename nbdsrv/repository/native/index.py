@@ -5,32 +5,37 @@
     index/<ulid>.ix  a segment for each backup; a collector makes one of them all
 
     0        8          24    28    32  64      + 32 packs      + 1024   + 48 count
-    |NBDINDX1|repository|count|packs|0  |names  |fan-out 256 u32|records |hash of all before|
+    |NBDINDX1|repository|count|packs|row|names  |fan-out 256 u32|records |hash of all before|
 
-    record   id[32] pack u32 offset u32 clen u32 codec u8 kind u8 0[2]       sorted by id
+    row      bytes of a record u32, 0[28]
+    record   id[32] pack u32 offset u32 clen u32 codec u8 kind u8 0[2] frames[..]   sorted by id
     fan-out  number of records whose id's first byte is at most 0, 1, 2 ...
 
 The index is a cache: packs list themselves, and it can be made anew from them. It is searched as it
-lies in memory, 48 bytes a chunk (192 MiB for a TiB of chunks); a dict would take five times that.
+lies in memory, 64 bytes a chunk (256 MiB for a TiB of chunks); a dict would take five times that.
+
+``frames`` are lengths as slots have them, so that a chunk that is stored already is read as fast as
+one that has just been stored.
 """
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.entry import Place
 from nbdsrv.repository.native.hashing import ID_SIZE, Hashing
-from nbdsrv.repository.native.pack import Listed
+from nbdsrv.repository.native.pack import MAX_ROW, Listed
 
 __all__ = ["MAX_SEGMENT", "Index", "Segment", "encode_segment"]
 
 MAGIC = b"NBDINDX1"
-_HEADER = struct.Struct("<8s16sII32x")
-_RECORD = struct.Struct("<32sIIIBBxx")
+_HEADER = struct.Struct("<8s16sIII28x")
 _FAN = struct.Struct("<256I")
-_RECORD_SIZE = _RECORD.size
+_LEAST = 48
+"""Bytes of a record, without frames."""
 MAX_SEGMENT = 1 << 30
-"""Bytes of a segment: 22 million chunks, five TiB of them."""
+"""Bytes of a segment: 16 million chunks, four TiB of them."""
 
 
 class Segment:
@@ -40,10 +45,18 @@ class Segment:
         names: of the packs its records lie in.
     """
 
-    __slots__ = ("_count", "_data", "_fan", "_start", "names")
+    __slots__ = ("_count", "_data", "_fan", "_record", "_start", "names")
 
-    def __init__(self, data: bytes, names: Sequence[bytes], start: int, count: int) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        names: Sequence[bytes],
+        start: int,
+        count: int,
+        record: struct.Struct,
+    ) -> None:
         """Use ``parse``."""
+        self._record = record
         self._data = data
         self.names = names
         self._start = start
@@ -60,10 +73,11 @@ class Segment:
         view = memoryview(data)
         if len(data) < _HEADER.size + _FAN.size + ID_SIZE:
             raise CorruptImage(f"corrupt repository: {key}: it is too short for an index")
-        magic, owner, count, packs = _HEADER.unpack_from(data)
+        magic, owner, count, packs, row = _HEADER.unpack_from(data)
         start = _HEADER.size + packs * ID_SIZE + _FAN.size
-        whole = start + count * _RECORD_SIZE
-        if magic != MAGIC or owner != repository or len(data) != whole + ID_SIZE:
+        whole = start + count * row
+        fits = _LEAST <= row <= MAX_ROW and len(data) == whole + ID_SIZE
+        if magic != MAGIC or owner != repository or not fits:
             raise CorruptImage(f"corrupt repository: {key}: no index of this repository")
         if hashing.name_of(view[:whole]) != view[whole:]:
             raise CorruptImage(f"corrupt repository: {key}: it has been changed")
@@ -71,41 +85,50 @@ class Segment:
             data[at : at + ID_SIZE]
             for at in range(_HEADER.size, _HEADER.size + packs * ID_SIZE, ID_SIZE)
         ]
-        return cls(data, names, start, count)
+        return cls(data, names, start, count, _record(row - _LEAST))
 
     def __len__(self) -> int:
         return self._count
 
     def find(self, id_: bytes) -> Iterator[tuple[Place, int]]:
         """(place, kind) of all records of an id."""
-        data, start = self._data, self._start
+        data, start, record = self._data, self._start, self._record
+        size = record.size
         low, high = self._fan[id_[0]], self._fan[id_[0] + 1]
         high = min(high, self._count)
         while low < high:
             middle = (low + high) // 2
-            at = start + middle * _RECORD_SIZE
+            at = start + middle * size
             if data[at : at + ID_SIZE] < id_:
                 low = middle + 1
             else:
                 high = middle
         while low < self._count:
-            found, pack, offset, clen, codec, kind = _RECORD.unpack_from(
-                data, start + low * _RECORD_SIZE
+            found, pack, offset, clen, codec, kind, frames = record.unpack_from(
+                data, start + low * size
             )
             if found != id_:
                 return
             if pack < len(self.names):
-                yield Place(self.names[pack], offset, clen, codec), kind
+                name = self.names[pack]
+                yield Place(name, offset, clen, codec, frames.rstrip(b"\0")), kind
             low += 1
 
     def __iter__(self) -> Iterator[tuple[bytes, Place, int]]:
         """(id, place, kind) of all records, by id."""
-        end = self._start + self._count * _RECORD_SIZE
+        end = self._start + self._count * self._record.size
         names = self.names
         view = memoryview(self._data)[self._start : end]
-        for id_, pack, offset, clen, codec, kind in _RECORD.iter_unpack(view):
+        for id_, pack, offset, clen, codec, kind, frames in self._record.iter_unpack(view):
             if pack < len(names):
-                yield id_, Place(names[pack], offset, clen, codec), kind
+                place = Place(names[pack], offset, clen, codec, frames.rstrip(b"\0"))
+                yield id_, place, kind
+
+
+@lru_cache
+def _record(width: int) -> struct.Struct:
+    """A record with ``width`` bytes for frames."""
+    return struct.Struct(f"<32sIIIBBxx{width}s")
 
 
 def encode_segment(
@@ -115,16 +138,19 @@ def encode_segment(
     names: dict[bytes, int] = {}
     records = []
     fan = [0] * 256
-    for id_, (pack, offset, clen, codec), kind in rows:
+    rows = list(rows)
+    width = max((len(place.frames) for _, place, _ in rows), default=0)
+    record = _record(width + width % 2)
+    for id_, (pack, offset, clen, codec, frames), kind in rows:
         number = names.setdefault(pack, len(names))
-        records.append(_RECORD.pack(id_, number, offset, clen, codec, kind))
+        records.append(record.pack(id_, number, offset, clen, codec, kind, frames))
         fan[id_[0]] += 1
     records.sort()
     total = 0
     for first, count in enumerate(fan):
         total += count
         fan[first] = total
-    head = _HEADER.pack(MAGIC, repository, len(records), len(names))
+    head = _HEADER.pack(MAGIC, repository, len(records), len(names), record.size)
     data = b"".join((head, *names, _FAN.pack(*fan), *records))
     return data + hashing.name_of(data)
 

@@ -25,7 +25,15 @@ from nbdsrv.repository.native.known import Known
 from nbdsrv.repository.native.pack_writer import PackWriter
 from nbdsrv.repository.native.parent_map import ParentMap, ParentPage
 from nbdsrv.repository.native.sealing import Codec, compress, expand
-from nbdsrv.repository.native.slots import MAX_SIZE, SLOT, SLOT_SIZE, Page, Root, encode_page
+from nbdsrv.repository.native.slots import (
+    MAX_SIZE,
+    SLOT,
+    SLOT_SIZE,
+    Page,
+    Root,
+    encode_page,
+    slot_form,
+)
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.wanted import Wanted
 from nbdsrv.store.store import Data
@@ -74,6 +82,7 @@ class MapWriter:
         self.size = size
         self.parent = parent
         self._chunk_size = config.chunk_size
+        self._form = slot_form(config.chunk_size)
         self._page_slots = config.page_slots
         self.chunks = -(-size // config.chunk_size)
         self._count = -(-self.chunks // config.page_slots)
@@ -120,9 +129,10 @@ class MapWriter:
         """Content there."""
         page, index = divmod(chunk, self._page_slots)
         slots = self.open(page)
-        slots[index * SLOT_SIZE : (index + 1) * SLOT_SIZE] = slot
+        step = self._form.size
+        slots[index * step : (index + 1) * step] = slot
         self._wanted.discard(page, index, index + 1)
-        _, number, offset, _, _ = SLOT.unpack(slot)
+        _, number, offset, *_ = self._form.unpack(slot)
         if offset and not self._packs.names[number]:
             self._wait(page, number)
 
@@ -143,7 +153,8 @@ class MapWriter:
                 self._refer(page, ZERO_SLOT, ZERO_ID)
                 return
         slots = self.open(page)
-        slots[start * SLOT_SIZE : stop * SLOT_SIZE] = bytes((stop - start) * SLOT_SIZE)
+        step = self._form.size
+        slots[start * step : stop * step] = bytes((stop - start) * step)
 
     def _is_zero(self, page: int) -> bool:
         if self._written[page]:
@@ -170,7 +181,7 @@ class MapWriter:
         elif self.parent is not None and page < len(self.parent.root):
             slots = self._inherited(page, self.parent.page(page), self.parent)
         else:
-            slots = bytearray(self._slots_of(page) * SLOT_SIZE)
+            slots = bytearray(self._slots_of(page) * self._form.size)
         self._open[page] = slots
         self._ready[page] = None
         return slots
@@ -181,7 +192,7 @@ class MapWriter:
 
     def _inherited(self, page: int, found: ParentPage, parent: ParentMap) -> bytearray:
         """The parent's slots with our numbers of packs, and no place that must not be used."""
-        slots = bytearray(self._slots_of(page) * SLOT_SIZE)
+        slots = bytearray(self._slots_of(page) * self._form.size)
         first = page * self._page_slots
         covered = min(parent.covered - first, self._slots_of(page))
         if found.page is None:
@@ -202,8 +213,8 @@ class MapWriter:
 
     def _reopened(self, page: int) -> bytearray:
         """A page that was encoded already."""
-        slots = bytearray(self._slots_of(page) * SLOT_SIZE)
-        id_, number, offset, length, codec = SLOT.unpack_from(self._slots, page * SLOT_SIZE)
+        slots = bytearray(self._slots_of(page) * self._form.size)
+        id_, number, offset, length, codec, _ = SLOT.unpack_from(self._slots, page * SLOT_SIZE)
         if id_ == ZERO_ID:
             return slots
         name = self._metas.names[number]
@@ -212,13 +223,16 @@ class MapWriter:
             data = self._vault.entries.read(Kind.PAGE, id_, place)
         else:
             data = expand(*self._recent[number][page])
-        for index, chunk, place in Page.parse(data, self._slots_of(page)).places():
+        for index, chunk, place in self._parsed(data, page).places():
             self._place(slots, index, chunk, place)
         return slots
 
     def _place(self, slots: bytearray, index: int, id_: bytes, place: Place) -> None:
         number = self._packs.number(place.pack)
-        SLOT.pack_into(slots, index * SLOT_SIZE, id_, number, *place[1:])
+        self._form.pack_into(slots, index * self._form.size, id_, number, *place[1:])
+
+    def _parsed(self, data: Data, page: int) -> Page:
+        return Page.parse(data, self._slots_of(page), self._chunk_size)
 
     def relieve(self) -> None:
         """Encode pages that lie behind, if there are many."""
@@ -242,7 +256,8 @@ class MapWriter:
         local = bytearray(slots)
         ids = []
         at = 0
-        for id_, number, offset, length, codec in SLOT.iter_unpack(slots):
+        form = self._form
+        for id_, number, offset, *rest in form.iter_unpack(slots):
             ids.append(id_)
             if offset:  # where zeroes have none
                 if not self._packs.names[number]:
@@ -250,13 +265,13 @@ class MapWriter:
                     return False
                 ours = names.setdefault(number, len(names))
                 if ours != number:
-                    SLOT.pack_into(local, at, id_, ours, offset, length, codec)
-            at += SLOT_SIZE
+                    form.pack_into(local, at, id_, ours, offset, *rest)
+            at += form.size
         self._close(page)
         if not names:
             self._refer(page, ZERO_SLOT, ZERO_ID)
             return True
-        data = encode_page([self._packs.names[number] for number in names], local)
+        data = encode_page([self._packs.names[number] for number in names], local, form)
         hashing = self._vault.hashing
         row = self._meta(Kind.PAGE, hashing.id_of(data), data, page)
         self._refer(page, SLOT.pack(*row), hashing.id_of(b"".join(ids)))
@@ -269,7 +284,7 @@ class MapWriter:
 
     def _meta(
         self, kind: Kind, id_: bytes, data: bytes, page: int
-    ) -> tuple[bytes, int, int, int, int]:
+    ) -> tuple[bytes, int, int, int, int, bytes]:
         """A slot for a page or root, which is stored unless there is the same already."""
         place = self._known.find(id_, kind)
         if place is not None:
@@ -282,7 +297,7 @@ class MapWriter:
             self._recent[number] = {}
         # A copy: what zstd returns keeps the memory of the worst case.
         self._recent[number][page] = (codec, bytes(memoryview(body)), len(data))
-        return id_, number, row.offset, row.clen, row.codec
+        return id_, number, row.offset, row.clen, row.codec, b""
 
     def _refer(self, page: int, slot: bytes, content: bytes) -> None:
         if not self._slots:
@@ -351,11 +366,11 @@ class MapWriter:
                 continue
             if id_ != ZERO_ID:
                 SLOT.pack_into(slots, at, id_, numbers.setdefault(name, len(numbers)), *place)
-        pages = Page(list(numbers), bytes(slots))
+        pages = Page(list(numbers), bytes(slots), SLOT)
         return Root(self.size, self._chunk_size, self._page_slots, pages, bytes(contents))
 
-    def add_root(self, root: Root) -> tuple[bytes, int, int, int, int]:
-        """Put it into the open meta pack: id, number of the pack, offset, length, codec."""
+    def add_root(self, root: Root) -> tuple[bytes, int, int, int, int, bytes]:
+        """Put it into the open meta pack: a slot's id, number of the pack, and place."""
         data = root.encode()
         if len(data) > MAX_CONTENT:
             raise RepositoryError(

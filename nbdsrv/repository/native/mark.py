@@ -29,7 +29,7 @@ from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.pack import HEADER_SIZE, RECORD_SIZE, TRAILER_SIZE
 from nbdsrv.repository.native.point import Ref
-from nbdsrv.repository.native.slots import SLOT, Page, Root
+from nbdsrv.repository.native.slots import Page, Root
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.store import ObjectMissing
 
@@ -38,17 +38,21 @@ __all__ = ["Live", "Mark", "Marker", "Missing", "mark"]
 AT_ONCE = 64
 """Pages that are read ahead, 24 KiB each."""
 FRAME = HEADER_SIZE + TRAILER_SIZE
-PER_ENTRY = ENTRY_SIZE + RECORD_SIZE
 MAX_TOLD = 100
 """Of what is missing, how much is remembered; all is counted."""
 
 
 class Live:
-    """The entries of one pack that are referred to."""
+    """The entries of one pack that are referred to.
 
-    __slots__ = ("_limit", "_rows")
+    Attributes:
+        row_size: bytes of a row of its directory: as large as slots that lead there.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_limit", "_rows", "row_size")
+
+    def __init__(self, row_size: int = RECORD_SIZE) -> None:
+        self.row_size = row_size
         self._rows = array("Q")
         self._limit = 1024
 
@@ -66,9 +70,10 @@ class Live:
 
     @property
     def bytes(self) -> int:
-        """What a pack of these entries alone would take."""
+        """What a pack of these entries alone would take, or a few bytes more."""
         rows = self.rows()
-        return FRAME + len(rows) * PER_ENTRY + sum(row & 0xFFFFFFFF for row in rows)
+        per_entry = ENTRY_SIZE + self.row_size
+        return FRAME + len(rows) * per_entry + sum(row & 0xFFFFFFFF for row in rows)
 
 
 class Missing(NamedTuple):
@@ -227,33 +232,33 @@ class Marker:
             return damage_of(error)
 
     @staticmethod
-    def row(_id: bytes, offset: int, clen: int, _codec: int, /) -> int:
+    def row(_id: bytes, offset: int, clen: int, _codec: int, _frames: bytes, /) -> int:
         """What is remembered of an entry that is referred to, as ``Live`` has it."""
         return offset << 32 | clen
 
     def _slots(self, page: Page) -> None:
         if not self._good.issuperset(page.names):
             for _, id_, place in page.places():
-                self._settle(Kind.CHUNK, id_, place)
+                self._settle(Kind.CHUNK, id_, place, page.step)
             return
         rows: list[list[int]] = [[] for _ in page.names]
         row = self.row
-        for id_, pack, offset, clen, codec in SLOT.iter_unpack(page.slots):
+        for id_, pack, offset, clen, codec, frames in page.form.iter_unpack(page.slots):
             if id_ != ZERO_ID:
-                rows[pack].append(row(id_, offset, clen, codec))
+                rows[pack].append(row(id_, offset, clen, codec, frames))
         for name, found in zip(page.names, rows, strict=True):
             if found:
-                self._live(name).add(found)
+                self._live(name, page.step).add(found)
 
     def _settle_map(self, kind: Kind, id_: bytes, place: Place) -> None:
         if place.pack not in self._census.packs:
             self._moved.add(id_)
         self._settle(kind, id_, place)
 
-    def _settle(self, kind: Kind, id_: bytes, place: Place) -> None:
+    def _settle(self, kind: Kind, id_: bytes, place: Place, row_size: int = RECORD_SIZE) -> None:
         """Mark where an id lives."""
         if place.pack in self._good:
-            self._mark(id_, place)
+            self._mark(id_, place, row_size)
             return
         packs = self._census.packs
         places = [
@@ -263,22 +268,22 @@ class Marker:
         ]
         for other in places:
             if other.pack in self._good:
-                self._mark(id_, other)
+                self._mark(id_, other, row_size)
                 return
         if place.pack in packs:
             places.append(place)
         for other in places:  # none is good: the more, the better
-            self._mark(id_, other)
+            self._mark(id_, other, row_size)
         if not places:
             self.found.missing_count += 1
             if len(self.found.missing) < MAX_TOLD:
                 self.found.missing.append(Missing(*self.where, key_of(kind, place.pack)))
 
-    def _mark(self, id_: bytes, place: Place) -> None:
-        self._live(place.pack).add((self.row(id_, place.offset, place.length, place.codec),))
+    def _mark(self, id_: bytes, place: Place, row_size: int = RECORD_SIZE) -> None:
+        self._live(place.pack, row_size).add((self.row(id_, *place[1:]),))
 
-    def _live(self, name: bytes) -> Live:
+    def _live(self, name: bytes, row_size: int) -> Live:
         found = self.found.live.get(name)
         if found is None:
-            found = self.found.live[name] = Live()
+            found = self.found.live[name] = Live(row_size)
         return found

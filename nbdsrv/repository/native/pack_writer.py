@@ -13,12 +13,11 @@ slots hold numbers of this table, and the numbers of a page are made names when 
 
 from dataclasses import dataclass
 
-from nbdsrv.repository.native.entry import Kind
+from nbdsrv.repository.native.entry import Body, Kind
 from nbdsrv.repository.native.layout import meta_key, pack_key
 from nbdsrv.repository.native.pack import Listed, Pack, PackKind
 from nbdsrv.repository.native.sealing import Codec
 from nbdsrv.repository.native.vault import Vault
-from nbdsrv.store.store import Data
 
 __all__ = ["Filled", "PackWriter"]
 
@@ -65,7 +64,7 @@ class PackWriter:
         return found
 
     def add(
-        self, kind: Kind, codec: Codec, ulen: int, id_: bytes, body: Data
+        self, kind: Kind, codec: Codec, ulen: int, id_: bytes, body: Body
     ) -> tuple[int, Listed]:
         """Append an entry to the open pack; its number, and the row."""
         if self._open is None:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
-from nbdsrv.repository.native.slots import SLOT_SIZE, Page, Root
+from nbdsrv.repository.native.slots import Page, Root
 from nbdsrv.repository.native.vault import Vault
 
 __all__ = ["MAX_BYTES", "MapPage", "Pages"]
@@ -138,6 +138,16 @@ class Pages:
             if room < 0:
                 return
 
+    def load_small(self, most: int) -> None:
+        """Bring the whole map into memory if it has at most so many pages. For threads.
+
+        Never fails, as ``load``.
+        """
+        there = [n for n in range(len(self.root)) if not self._zero[n]]
+        if len(there) <= most:
+            for each in there:
+                self.load(each)
+
     def clear(self) -> None:
         """Give the memory back."""
         with self._lock:
@@ -166,12 +176,13 @@ class Pages:
 def _zero_slots(page: Page) -> bytes:
     """For each slot 1 if it is zeroes."""
     slots = page.slots
-    firsts = slots[::SLOT_SIZE]
+    step = page.step
+    firsts = slots[::step]
     if 0 not in firsts:  # ids are hashes: usually the first byte tells
         return bytes(len(firsts))
     return bytes(
         [
             not first and slots[at : at + ID_SIZE] == ZERO_ID
-            for first, at in zip(firsts, range(0, len(slots), SLOT_SIZE), strict=True)
+            for first, at in zip(firsts, range(0, len(slots), step), strict=True)
         ]
     )

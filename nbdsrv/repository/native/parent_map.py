@@ -17,7 +17,7 @@ from collections import OrderedDict
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.known import Known
-from nbdsrv.repository.native.slots import SLOT, SLOT_SIZE, Page, Root
+from nbdsrv.repository.native.slots import SLOT, Page, Root
 from nbdsrv.repository.native.vault import Vault
 
 __all__ = ["ParentMap", "ParentPage"]
@@ -34,22 +34,23 @@ class ParentPage:
         bad: numbers of packs in ``page.names`` that must not be used.
     """
 
-    __slots__ = ("_slots", "bad", "page")
+    __slots__ = ("_slots", "_step", "bad", "page")
 
     def __init__(self, page: Page | None, bad: frozenset[int]) -> None:
         self.page = page
         self.bad = bad
         self._slots = page.slots if page is not None else b""
+        self._step = page.step if page is not None else 0
 
     def same(self, index: int, id_: bytes) -> bool:
         """Does the slot hold that content, in a pack that may be used?"""
         if not self.holds(index, id_):
             return False
-        return not self.bad or SLOT.unpack_from(self._slots, index * SLOT_SIZE)[1] not in self.bad
+        return not self.bad or SLOT.unpack_from(self._slots, index * self._step)[1] not in self.bad
 
     def holds(self, index: int, id_: bytes) -> bool:
         """Does the slot hold that content?"""
-        at = index * SLOT_SIZE
+        at = index * self._step
         return self._slots[at : at + ID_SIZE] == id_
 
     def data(self) -> list[int]:

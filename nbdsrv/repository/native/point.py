@@ -51,7 +51,7 @@ class Ref(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, id_: bytes, place: Place) -> "Ref":
         """From what a pack says."""
-        pack, offset, length, codec = place
+        pack, offset, length, codec, _ = place
         return cls(id=id_.hex(), pack=pack.hex(), offset=offset, length=length, codec=codec)
 
     @property
@@ -155,7 +155,7 @@ def decode_point(
             raise BrokenPayload("no restore point")
         entry = memoryview(data)[HEADER_SIZE:offset]
         seal = sealing.seal(header.salt)
-        content = open_entry(seal, hashing, rows[0].id, Kind.POINT, entry)
+        content = open_entry(seal, hashing, rows[0].offset, rows[0].id, Kind.POINT, entry)
         record = msgspec.json.decode(content, type=PointRecord)
         if record.v != 1:
             raise BrokenPayload(f"a point of version {record.v}; use a newer nbdsrv")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.census import Row, encode_parts, put_parts
-from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, content_of, entry_body
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Body, Kind, opened_entry
 from nbdsrv.repository.native.layout import meta_key, pack_key
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
@@ -32,7 +32,7 @@ from nbdsrv.store.store import Data, ObjectMissing, Stored, StoreError
 
 __all__ = ["repack"]
 
-Moved = tuple[Kind, Codec, int, bytes, Data]
+Moved = tuple[Kind, Codec, int, bytes, Body]
 """Kind, codec, bytes of the content, id, body."""
 
 
@@ -99,9 +99,10 @@ def _moved(vault: Vault, seal: Seal, row: Listed, data: Data) -> Moved:
     if row.kind not in {Kind.CHUNK, Kind.PAGE, Kind.ROOT, Kind.BLOB}:
         raise BrokenPayload(f"at {row.offset}: an entry of kind {row.kind}")
     kind = Kind(row.kind)
-    entry, body = entry_body(seal, row.id, kind, data)
-    if vault.hashing.id_of(content_of(entry, body)) != row.id:
-        raise BrokenPayload(f"at {row.offset}: its content is not what its id says")
+    try:
+        entry, _, body = opened_entry(seal, vault.hashing, row.offset, row.id, kind, data)
+    except BrokenPayload as error:
+        raise BrokenPayload(f"at {row.offset}: {error}") from error
     return kind, Codec(entry.codec), entry.ulen, row.id, body
 
 
@@ -120,7 +121,7 @@ class _Writer:
         self.rows: list[Row] = []
         self.bytes = 0
 
-    def add(self, kind: Kind, codec: Codec, ulen: int, id_: bytes, body: Data) -> None:
+    def add(self, kind: Kind, codec: Codec, ulen: int, id_: bytes, body: Body) -> None:
         if (kind, id_) in self._moved:
             return  # two writers had stored it
         self._moved.add((kind, id_))

@@ -92,9 +92,11 @@ class NativeRepository(Repository):
                 other = row.record.disk(name)
                 if other is not None:
                     others[row.record.id] = other
-        return PointDisk(
+        opened = PointDisk(
             self.workers, self.vault, record, disk, root, others, lambda: self._leave(held)
         )
+        await opened.prepare()
+        return opened
 
     async def record(self, point: Point) -> PointRecord:
         """What the point's object says, the VM's configuration included.

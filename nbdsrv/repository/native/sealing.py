@@ -2,17 +2,20 @@
 
 ::
 
-    chunk ──── frames ─────────────────> body ── AES-256-GCM ──> payload
+    chunk ──── frames, each ───────────> piece ── AES-256-GCM ──> piece, tag[16]
     page .. ── zstd, if it saves 5 % ──>  "
                                                   key    HKDF-SHA256(master, salt of the pack)
-                                                  nonce  number of the entry in its pack, 96 bits
-                                                  data   the entry's header
+                                                  nonce  offset of the entry in its pack, number of
+                                                         the frame, 32 bits each
+                                                  data   the entry's header; of a frame its chunk's
+                                                         id and its number
     K_id = HKDF-SHA256(master, "nbdrepo v1 ids")        keys the ids (``hashing``)
 
-A fresh 256-bit salt in each pack means a fresh key in each pack: a counter is nonce enough, and
-nothing repeats however much is written.
+A fresh 256-bit salt in each pack means a fresh key in each pack: a place in it is nonce enough, and
+nothing repeats however much is written. Whoever knows the place of a frame can open it.
 """
 
+import struct
 from enum import IntEnum
 
 import zstandard
@@ -46,6 +49,7 @@ __all__ = [
 CIPHER = "aes-256-gcm"
 KEY_SIZE = 32
 TAG_SIZE = 16
+_NONCE = struct.Struct("<II4x")
 
 
 class Codec(IntEnum):
@@ -92,31 +96,36 @@ class Seal:
     """Encrypts and decrypts the entries of one pack; without a key it does nothing.
 
     Attributes:
+        encrypts: does it?
         overhead: bytes a payload is longer than its body.
     """
 
-    __slots__ = ("_cipher", "overhead")
+    __slots__ = ("_cipher", "encrypts", "overhead")
 
     def __init__(self, key: bytes | None) -> None:
         self._cipher = AESGCM(key) if key is not None else None
+        self.encrypts = key is not None
         self.overhead = TAG_SIZE if key is not None else 0
 
-    def close(self, number: int, header: bytes, body: Data) -> Data:
-        """The payload of entry ``number``; ``header`` is authenticated with it."""
+    def close(self, offset: int, number: int, with_: bytes, body: Data) -> Data:
+        """Encrypt ``body``, piece ``number`` of the entry at ``offset`` of the pack.
+
+        ``with_`` is authenticated with it.
+        """
         if self._cipher is None:
             return body
-        return self._cipher.encrypt(number.to_bytes(12, "little"), body, header)
+        return self._cipher.encrypt(_NONCE.pack(offset, number), body, with_)
 
-    def open(self, number: int, header: bytes, payload: Data) -> Data:
-        """The body.
+    def open(self, offset: int, number: int, with_: bytes, payload: Data) -> Data:
+        """What ``close`` was given.
 
         Raises:
-            BrokenPayload: payload or header were changed, or the key is another.
+            BrokenPayload: any of it was changed, or the key is another.
         """
         if self._cipher is None:
             return payload
         try:
-            return self._cipher.decrypt(number.to_bytes(12, "little"), payload, header)
+            return self._cipher.decrypt(_NONCE.pack(offset, number), payload, with_)
         except (InvalidTag, ValueError) as error:
             raise BrokenPayload("it was changed, or encrypted with another key") from error
 

@@ -4,12 +4,13 @@
 
     root    |page|page| 0  |page| ...        80 bytes each: a slot, and the hash of the page's ids
               |
-    page    |slot|slot| 0  |slot| ... 512    48 bytes each
+    page    |slot|slot| 0  |slot| ... 512    64 bytes each, where chunks have 8 frames
               |
     pack    ..|entry|..                      256 KiB of the disk
 
-    slot    id[32] pack u32 offset u32 clen u32 codec u8 0[3]
+    slot    id[32] pack u32 offset u32 clen u32 codec u8 0[3] frames[n]
     pack    an index into the table of names in front of the slots
+    frames  lengths of a chunk's frames, u16 each; slots of a root have none
 
 A slot of zeroes is content of zeroes, in pages and roots alike. A slot's place is a hint: content
 is known by its id, and the index finds it elsewhere. So pages that name the same content may
@@ -19,8 +20,10 @@ matters.
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from nbdsrv.repository.native.entry import ENTRY_SIZE, MAX_CONTENT, Place
+from nbdsrv.repository.native.frames import lengths_size
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID, Hashing
 from nbdsrv.repository.native.pack import HEADER_SIZE, MAX_PACK
 from nbdsrv.repository.native.sealing import BrokenPayload, Codec
@@ -34,11 +37,12 @@ __all__ = [
     "Page",
     "Root",
     "encode_page",
+    "slot_form",
 ]
 
-SLOT = struct.Struct("<32sIIIBxxx")
+SLOT = struct.Struct("<32sIIIBxxx0s")
+"""Of a root."""
 SLOT_SIZE = SLOT.size
-ZERO_SLOT = bytes(SLOT_SIZE)
 PAGE_MAGIC = b"NBDPAGE1"
 ROOT_MAGIC = b"NBDROOT1"
 _PAGE = struct.Struct("<8sII")
@@ -50,43 +54,54 @@ MAX_SIZE = 1 << 53
 those of 4 MiB."""
 
 
+@lru_cache
+def slot_form(chunk_size: int) -> struct.Struct:
+    """A slot of a page, for chunks of so many bytes."""
+    return struct.Struct(f"<32sIIIBxxx{lengths_size(chunk_size)}s")
+
+
 class Page:
     """Consecutive slots, immutable.
 
     Attributes:
         names: of the packs the slots lie in.
-        slots: the slots, 48 bytes each.
+        slots: the slots, one behind the other.
+        form: of a slot: ``SLOT``, or ``slot_form``.
+        step: bytes of a slot.
     """
 
-    __slots__ = ("names", "slots")
+    __slots__ = ("form", "names", "slots", "step")
 
-    def __init__(self, names: Sequence[bytes], slots: bytes) -> None:
+    def __init__(self, names: Sequence[bytes], slots: bytes, form: struct.Struct) -> None:
         self.names = names
         self.slots = slots
+        self.form = form
+        self.step = form.size
 
     def __len__(self) -> int:
-        return len(self.slots) // SLOT_SIZE
+        return len(self.slots) // self.step
 
     def id(self, index: int) -> bytes:
         """Of a slot's content; ``ZERO_ID`` for zeroes."""
-        at = index * SLOT_SIZE
+        at = index * self.step
         return self.slots[at : at + ID_SIZE]
 
     def place(self, index: int) -> Place:
         """Where a slot's content lies; not for one that is zeroes."""
-        _, pack, offset, clen, codec = SLOT.unpack_from(self.slots, index * SLOT_SIZE)
-        return Place(self.names[pack], offset, clen, codec)
+        _, pack, offset, clen, codec, frames = self.form.unpack_from(self.slots, index * self.step)
+        return Place(self.names[pack], offset, clen, codec, frames.rstrip(b"\0"))
 
     def ids(self) -> bytes:
         """All ids, one behind the other."""
         slots = self.slots
-        return b"".join([slots[at : at + ID_SIZE] for at in range(0, len(slots), SLOT_SIZE)])
+        return b"".join([slots[at : at + ID_SIZE] for at in range(0, len(slots), self.step)])
 
     def places(self) -> Iterator[tuple[int, bytes, Place]]:
         """(index, id, place) of the slots that are not zeroes."""
-        for index, (id_, pack, offset, clen, codec) in enumerate(SLOT.iter_unpack(self.slots)):
+        names, slots = self.names, self.form.iter_unpack(self.slots)
+        for index, (id_, pack, offset, clen, codec, frames) in enumerate(slots):
             if id_ != ZERO_ID:
-                yield index, id_, Place(self.names[pack], offset, clen, codec)
+                yield index, id_, Place(names[pack], offset, clen, codec, frames.rstrip(b"\0"))
 
     def content(self, hashing: Hashing) -> bytes:
         """The hash of its ids; ``ZERO_ID`` where all are zero."""
@@ -94,23 +109,24 @@ class Page:
         return hashing.id_of(ids) if any(ids) else ZERO_ID
 
     @classmethod
-    def parse(cls, data: Data, count: int) -> "Page":
-        """A page of ``count`` slots.
+    def parse(cls, data: Data, count: int, chunk_size: int) -> "Page":
+        """A page of ``count`` slots for chunks of ``chunk_size`` bytes.
 
         Raises:
             BrokenPayload: it is none.
         """
-        names, slots, rows = _parse(data, _PAGE, PAGE_MAGIC, SLOT_SIZE)
+        form = slot_form(chunk_size)
+        names, slots, rows = _parse(data, _PAGE, PAGE_MAGIC, form.size)
         if rows != count:
             raise BrokenPayload(f"a page has {rows} slots in place of {count}")
-        page = cls(names, slots)
+        page = cls(names, slots, form)
         _check(page)
         return page
 
 
-def encode_page(names: Sequence[bytes], slots: Data) -> bytes:
+def encode_page(names: Sequence[bytes], slots: Data, form: struct.Struct) -> bytes:
     """A page whose slots lie in packs of these names."""
-    count = len(slots) // SLOT_SIZE
+    count = len(slots) // form.size
     return b"".join((_PAGE.pack(PAGE_MAGIC, count, len(names)), *names, slots))
 
 
@@ -200,7 +216,7 @@ class Root:
         at = range(0, len(rows), _ROOT_SLOT)
         slots = b"".join([rows[n : n + SLOT_SIZE] for n in at])
         contents = b"".join([rows[n + SLOT_SIZE : n + _ROOT_SLOT] for n in at])
-        pages = Page(names, slots)
+        pages = Page(names, slots, SLOT)
         _check(pages)
         return cls(size, chunk_size, page_slots, pages, contents)
 
@@ -223,7 +239,7 @@ def _parse(
 def _check(page: Page) -> None:
     """Every place a slot names must be possible."""
     count = len(page.names)
-    for id_, pack, offset, clen, codec in SLOT.iter_unpack(page.slots):
+    for id_, pack, offset, clen, codec, _ in page.form.iter_unpack(page.slots):
         if id_ == ZERO_ID:
             continue
         if (

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, RepositoryError
-from nbdsrv.repository.native.entry import Kind
+from nbdsrv.repository.native.entry import Body, Kind
 from nbdsrv.repository.native.index import SMALL, Segment, encode_segment
 from nbdsrv.repository.native.known import Known
 from nbdsrv.repository.native.layout import index_key, new_ulid
 from nbdsrv.repository.native.pack import Listed, PackKind
 from nbdsrv.repository.native.pack_writer import Filled, PackWriter
 from nbdsrv.repository.native.sealing import Codec
-from nbdsrv.repository.native.slots import SLOT
+from nbdsrv.repository.native.slots import slot_form
 from nbdsrv.repository.native.vault import Vault
-from nbdsrv.store.store import Data
 
 __all__ = ["MAX_LEVEL", "Stock", "storing_level"]
 
@@ -53,6 +52,7 @@ class Stock:
         self.known = known
         self.level = level
         self.lock = threading.Lock()
+        self._form = slot_form(vault.config.chunk_size)
         target = vault.config.pack_target
         self.chunks = PackWriter(vault, PackKind.CHUNKS, target)
         self.metas = PackWriter(vault, PackKind.METAS, min(target, META_TARGET))
@@ -81,12 +81,12 @@ class Stock:
         place = self.known.find(id_)
         if place is None:
             return None
-        return SLOT.pack(id_, self.chunks.number(place.pack), *place[1:])
+        return self._form.pack(id_, self.chunks.number(place.pack), *place[1:])
 
-    def add(self, id_: bytes, codec: Codec, ulen: int, body: Data) -> bytes:
+    def add(self, id_: bytes, codec: Codec, ulen: int, body: Body) -> bytes:
         """Store a chunk; its slot. With the lock."""
         number, row = self.chunks.add(Kind.CHUNK, codec, ulen, id_, body)
-        slot = SLOT.pack(id_, number, row.offset, row.clen, row.codec)
+        slot = self._form.pack(id_, number, *row.place(b"")[1:])
         self._own[id_] = slot
         return slot
 

@@ -43,7 +43,7 @@ from nbdsrv.repository.native.pack import (
 )
 from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref, decode_point
 from nbdsrv.repository.native.sealing import KEY_SIZE, BrokenPayload, Sealing
-from nbdsrv.repository.native.slots import SLOT_SIZE, Page, Root
+from nbdsrv.repository.native.slots import Page, Root, slot_form
 from nbdsrv.store.store import Data, ObjectMissing, Store, Stored, StoreError
 
 __all__ = ["Passphrase", "Vault"]
@@ -219,9 +219,11 @@ class Vault:
         count = root.slots_of(number)
         id_ = root.pages.id(number)
         if id_ == ZERO_ID:
-            return Page((), bytes(SLOT_SIZE * count))
+            form = slot_form(root.chunk_size)
+            return Page((), bytes(form.size * count), form)
         place = root.pages.place(number)
-        return self._parsed(Kind.PAGE, id_, place, lambda data: Page.parse(data, count))
+        chunk_size = root.chunk_size
+        return self._parsed(Kind.PAGE, id_, place, lambda data: Page.parse(data, count, chunk_size))
 
     def chunk(self, id_: bytes, place: Place, length: int) -> Data:
         """The content of a chunk of ``length`` bytes.

@@ -2,7 +2,7 @@
 
 ::
 
-    points ── roots ── pages ── slots ──> claims     (pack, offset) and a hash of id, length, codec
+    points ── roots ── pages ── slots ──> claims     (pack, offset) and a hash of the rest
                   │        └ hash of ids = the root's; all of them = the point's image_id
                   └ size = the point's
     packs  ── directories ─────────────> entries     from the header to the directory, without gaps
@@ -25,9 +25,9 @@ from nbdsrv.repository.native.layout import pack_of
 from nbdsrv.repository.native.mark import Marker
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
-    RECORD_SIZE,
     TRAILER_SIZE,
     Listed,
+    row_size,
 )
 from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref
 from nbdsrv.repository.native.sealing import BrokenPayload
@@ -45,12 +45,11 @@ REMADE = "`nbdsrv gc` makes the index anew"
 BITS = 0xFFFFFFFF
 CIPHER_BYTE = 9
 RESERVED = slice(10, 16)
-TRAILER_RESERVED = slice(-12, -8)
 
 
-def claim(id_: bytes, offset: int, clen: int, codec: int, /) -> int:
+def claim(id_: bytes, offset: int, clen: int, codec: int, frames: bytes, /) -> int:
     """An entry in 64 bits: equal ones are equal, and different ones hardly ever."""
-    return offset << 32 | hash((id_, clen, codec)) & BITS
+    return offset << 32 | hash((id_, clen, codec, frames.rstrip(b"\0"))) & BITS
 
 
 class MapWalk(Marker):
@@ -118,7 +117,7 @@ class MapWalk(Marker):
         """
         data = self._vault.store.get(key, MAX_POINT)
         encrypted = self._vault.sealing.id_key is not None
-        if any(data[RESERVED]) or data[CIPHER_BYTE] != encrypted or any(data[TRAILER_RESERVED]):
+        if any(data[RESERVED]) or data[CIPHER_BYTE] != encrypted:
             raise CorruptImage(f"corrupt repository: {key}: bytes that say nothing were changed")
 
     def _check_root(self, root: Root, key: str, name: str, size: int, image_id: str) -> None:
@@ -165,7 +164,7 @@ class MapWalk(Marker):
             page = super().page(root, number)
         else:
             try:
-                page = Page.parse(data, root.slots_of(number))
+                page = Page.parse(data, root.slots_of(number), root.chunk_size)
             except BrokenPayload as error:
                 page = self._impossible(Kind.PAGE, place, error)
         if isinstance(page, Page):
@@ -223,7 +222,7 @@ def check_directories(walk: MapWalk, census: Census, packs: Iterable[Stored]) ->
         live = walk.found.live.get(name)
         if live is None:
             continue
-        entries = {claim(row.id, row.offset, row.clen, row.codec) for row in rows}
+        entries = {claim(row.id, row.offset, row.clen, row.codec, row.frames) for row in rows}
         for lost in set(live.rows()) - entries:
             offset = lost >> 32
             text = "a map names an entry there that the pack does not have"
@@ -296,7 +295,7 @@ def _fills(size: int, rows: list[Listed]) -> bool:
         if row.offset != at:
             return False
         at += ENTRY_SIZE + row.clen
-    return at + len(rows) * RECORD_SIZE + TRAILER_SIZE == size
+    return at + len(rows) * row_size(rows) + TRAILER_SIZE == size
 
 
 def _why(error: Exception, key: str, offset: int | None = None) -> str:

@@ -109,7 +109,7 @@ def _open_all(vault: Vault, data: bytes, found: Examined) -> None:
         try:
             kind = Kind(row.kind)
             part = view[row.offset : row.offset + ENTRY_SIZE + row.clen]
-            open_entry(seal, vault.hashing, row.id, kind, part)
+            open_entry(seal, vault.hashing, row.offset, row.id, kind, part)
         except (BrokenPayload, ValueError) as error:
             found.parts.append((row.offset, str(error)))
             found.broken = found.broken or "an entry of it is broken"

@@ -192,7 +192,7 @@ class NativePointWriter(PointWriter):
     async def _roots(self) -> list[DiskRecord]:
         """A record for each disk; roots that are new are put."""
         stock, names = self._stock, self._stock.metas.names
-        made: dict[str, tuple[tuple[bytes, int, int, int, int], str]] = {}
+        made: dict[str, tuple[tuple[bytes, int, int, int, int, bytes], str]] = {}
         for name, disk in self._disks.items():
             if self._inherited(disk) is None:
                 made[name] = await self._workers.run(self._add_root, disk.map)
@@ -204,8 +204,8 @@ class NativePointWriter(PointWriter):
             if inherited is not None:
                 ref, image_id = inherited.root, inherited.image_id
             else:
-                (id_, number, *place), image_id = made[name]
-                ref = Ref.of(id_, Place(names[number], *place))
+                (id_, number, offset, length, codec, _), image_id = made[name]
+                ref = Ref.of(id_, Place(names[number], offset, length, codec))
             records.append(self._record(disk, ref, image_id))
         return records
 
@@ -216,7 +216,7 @@ class NativePointWriter(PointWriter):
             return None
         return None if record.root.place.pack in self._stock.known.shunned else record
 
-    def _add_root(self, map_: MapWriter) -> tuple[tuple[bytes, int, int, int, int], str]:
+    def _add_root(self, map_: MapWriter) -> tuple[tuple[bytes, int, int, int, int, bytes], str]:
         root = map_.finish_root()
         with self._stock.lock:
             return map_.add_root(root), root.image_id(self._vault.hashing).hex()

@@ -7,6 +7,7 @@
     disk = await open_disk(build, workers, first, "sda")
 """
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from nbdsrv.disk.workers import Workers
 from nbdsrv.repository.native.config import RepositoryConfig
 from nbdsrv.repository.native.disk import PointDisk
-from nbdsrv.repository.native.entry import Kind, Place
+from nbdsrv.repository.native.entry import Body, Kind, Place
 from nbdsrv.repository.native.frames import encode_frames
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.index import encode_segment
@@ -31,10 +32,10 @@ from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref, encode_point
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.sealing import Codec, compress
-from nbdsrv.repository.native.slots import SLOT, SLOT_SIZE, Page, Root, encode_page
+from nbdsrv.repository.native.slots import SLOT, Page, Root, encode_page, slot_form
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import Data, Store
+from nbdsrv.store.store import Store
 
 __all__ = ["CHUNK", "PAGE_SLOTS", "Building", "open_disk"]
 
@@ -92,15 +93,19 @@ class Building:
         new: list[tuple[bytes, Place, int]] = []
         ids = self._store(Kind.CHUNK, chunks, new)
         pages = [ids[at : at + shape.page_slots] for at in range(0, len(ids), shape.page_slots)]
-        encoded = [encode_page(*self._slots(page)) if any_data(page) else b"" for page in pages]
+        form = slot_form(step)
+        encoded = [
+            encode_page(*self._slots(page, form), form) if any_data(page) else b"" for page in pages
+        ]
         page_ids = self._store(Kind.PAGE, encoded, new)
         contents = b"".join(
-            Page((), b"".join(SLOT.pack(each, 0, 0, 0, 0) for each in page)).content(
+            Page((), b"".join(SLOT.pack(each, 0, 0, 0, 0, b"") for each in page), SLOT).content(
                 self.vault.hashing
             )
             for page in pages
         )
-        root = Root(len(content), step, shape.page_slots, Page(*self._slots(page_ids)), contents)
+        pages_ = Page(*self._slots(page_ids, SLOT), SLOT)
+        root = Root(len(content), step, shape.page_slots, pages_, contents)
         (root_id,) = self._store(Kind.ROOT, [root.encode()], new)
         vault = self.vault
         if new:
@@ -128,7 +133,7 @@ class Building:
                 pack = pack or Pack(pack_kind, vault.repository, vault.sealing, vault.hashing)
                 if kind == Kind.CHUNK:
                     codec = Codec.FRAMES
-                    body: Data = encode_frames(memoryview(content), id_, self.level)
+                    body: Body = encode_frames(memoryview(content), id_, self.level)
                 else:
                     codec, body = compress(content, self.level)
                 row = pack.add(kind, codec, len(content), id_, body)
@@ -143,16 +148,16 @@ class Building:
                 pack = None
         return ids
 
-    def _slots(self, ids: list[bytes]) -> tuple[list[bytes], bytes]:
+    def _slots(self, ids: list[bytes], form: struct.Struct) -> tuple[list[bytes], bytes]:
         """Names of packs, and slots that lie in them."""
         names: dict[bytes, int] = {}
         slots = []
         for id_ in ids:
             if id_ == ZERO_ID:
-                slots.append(bytes(SLOT_SIZE))
+                slots.append(bytes(form.size))
                 continue
-            pack, offset, length, codec = self.places[id_]
-            slots.append(SLOT.pack(id_, names.setdefault(pack, len(names)), offset, length, codec))
+            pack, *place = self.places[id_]
+            slots.append(form.pack(id_, names.setdefault(pack, len(names)), *place))
         return list(names), b"".join(slots)
 
 

@@ -4,11 +4,12 @@ Chunks that the repository has are not stored again; everything of one call goes
 one meta pack.
 """
 
+import struct
 from collections.abc import Mapping
 from uuid import UUID
 
 from nbdsrv.repository.native.config import RepositoryConfig
-from nbdsrv.repository.native.entry import Kind, Place
+from nbdsrv.repository.native.entry import Body, Kind, Place
 from nbdsrv.repository.native.frames import encode_frames
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.index import encode_segment
@@ -16,10 +17,10 @@ from nbdsrv.repository.native.layout import index_key, meta_key, new_ulid, pack_
 from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref, encode_point
 from nbdsrv.repository.native.sealing import CIPHER, DEFAULT_LEVEL, Codec, compress
-from nbdsrv.repository.native.slots import SLOT, Page, Root, encode_page
+from nbdsrv.repository.native.slots import SLOT, Page, Root, encode_page, slot_form
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import Data, Store
+from nbdsrv.store.store import Store
 
 CHUNK = 64 << 10
 SLOTS = 16
@@ -76,7 +77,7 @@ class _Filling:
         self.known = vault.index()
         self.chunks = Pack(PackKind.CHUNKS, *make)
         self.metas = Pack(PackKind.METAS, *make)
-        self.fresh: dict[bytes, tuple[int, int, int]] = {}
+        self.fresh: dict[bytes, Place] = {}
 
     def store(self, kind: Kind, data: bytes) -> tuple[bytes, Place]:
         """An entry, and where it lies; in a pack not named yet the name is empty."""
@@ -87,12 +88,12 @@ class _Filling:
         if id_ not in self.fresh:
             if kind == Kind.CHUNK:
                 codec = Codec.FRAMES
-                body: Data = encode_frames(memoryview(data), id_, DEFAULT_LEVEL)
+                body: Body = encode_frames(memoryview(data), id_, DEFAULT_LEVEL)
             else:
                 codec, body = compress(data)
             row = pack.add(kind, codec, len(data), id_, body)
-            self.fresh[id_] = (row.offset, row.clen, row.codec)
-        return id_, Place(b"", *self.fresh[id_])
+            self.fresh[id_] = row.place(b"")
+        return id_, self.fresh[id_]
 
     def seal(self, pack: Pack) -> bytes:
         """Put it, if there is anything in it."""
@@ -119,9 +120,9 @@ def add_point(vault: Vault, group: str, disks: Mapping[str, bytes], **facts: obj
     for name, slots in mapped.items():
         pages, contents = [], b""
         for at in range(0, len(slots), SLOTS):
-            page = _page(slots[at : at + SLOTS], chunks)
+            page = _page(slots[at : at + SLOTS], chunks, slot_form(CHUNK))
             contents += page.content(vault.hashing)
-            stored = filling.store(Kind.PAGE, encode_page(page.names, page.slots))
+            stored = filling.store(Kind.PAGE, encode_page(page.names, page.slots, page.form))
             pages.append(stored if contents[-ID_SIZE:] != ZERO_ID else ZERO)
         drafts.append((name, pages, contents))
     # A root names the pack its pages lie in, so it goes into the next one.
@@ -132,7 +133,7 @@ def add_point(vault: Vault, group: str, disks: Mapping[str, bytes], **facts: obj
     roots = []
     for name, pages, contents in drafts:
         size = len(disks[name])
-        root = Root(size, CHUNK, SLOTS, _page(pages, metas), contents)
+        root = Root(size, CHUNK, SLOTS, _page(pages, metas, SLOT), contents)
         roots.append((name, size, root, filling.store(Kind.ROOT, root.encode())))
     top = filling.seal(filling.metas)
     packs.append((filling.metas, top))
@@ -158,17 +159,17 @@ def add_point(vault: Vault, group: str, disks: Mapping[str, bytes], **facts: obj
 ZERO = (ZERO_ID, Place(b"", 0, 0, 0))
 
 
-def _page(slots: list[tuple[bytes, Place]], fresh: bytes) -> Page:
+def _page(slots: list[tuple[bytes, Place]], fresh: bytes, form: struct.Struct) -> Page:
     """Slots as a page; those without a pack's name lie in the ``fresh`` one."""
     names: dict[bytes, int] = {}
     rows = []
     for id_, place in slots:
         if id_ == ZERO_ID:
-            rows.append(bytes(SLOT.size))
+            rows.append(bytes(form.size))
             continue
         number = names.setdefault(place.pack or fresh, len(names))
-        rows.append(SLOT.pack(id_, number, place.offset, place.length, place.codec))
-    return Page(list(names), b"".join(rows))
+        rows.append(form.pack(id_, number, *place[1:]))
+    return Page(list(names), b"".join(rows), form)
 
 
 def restored(vault: Vault, record: PointRecord, name: str) -> bytes:

@@ -26,6 +26,17 @@ ZERO = bytes(32)
 CHUNK, PAGE, ROOT, POINT = 0, 1, 2, 4
 
 
+def spans(lengths: bytes, ulen: int) -> Iterator[tuple[int, int]]:
+    """§5: (begin in the payload, bytes with its check) of each frame."""
+    count = -(-ulen // 32768)
+    at = 2 * count
+    for number in range(count):
+        (length,) = struct.unpack_from("<H", lengths, 2 * number)
+        size = 16 + (length or min(32768, ulen - 32768 * number))
+        yield at, size
+        at += size
+
+
 class Stranger:
     """§ numbers are the page's."""
 
@@ -78,41 +89,53 @@ class Stranger:
     def entry(self, pack: bytes, at: int, kind: int, want: bytes | None = None) -> bytes:  # §5
         magic, _, cipher, owner, salt = struct.unpack("<8sBB6x16s32s", pack[:64])
         assert (magic, owner, cipher) == (b"NBDPACK1", self.owner, self.master is not None)
-        head = pack[at : at + 52]
-        mark, codec, found, ulen, clen, id_, number = struct.unpack("<4sBB2xII32sI", head)
+        head = pack[at : at + 48]
+        mark, codec, found, ulen, clen, id_ = struct.unpack("<4sBB2xII32s", head)
         assert mark == b"CHNK"
         assert found == kind
-        assert zlib.crc32(head) == struct.unpack("<I", pack[at + 52 : at + 56])[0]
-        body = pack[at + 56 : at + 56 + clen]
+        assert zlib.crc32(head) == struct.unpack("<I", pack[at + 48 : at + 52])[0]
+        body = pack[at + 52 : at + 52 + clen]
+        cipher_ = None
         if self.master is not None:
-            key = self.derived(salt, b"nbdrepo v1 pack")
-            body = AESGCM(key).decrypt(number.to_bytes(12, "little"), body, head)
-        content = zstandard.decompress(body) if codec == 1 else body
+            cipher_ = AESGCM(self.derived(salt, b"nbdrepo v1 pack"))
         if codec == 2:
-            content = b"".join(self.frames(body, id_, ulen))
+            lengths = body[: 2 * -(-ulen // 32768)]
+            content = b"".join(self.frames(pack, at, id_, ulen, lengths, cipher_))
+            assert clen == len(lengths) + sum(size for _, size in spans(lengths, ulen))
+        else:
+            if cipher_ is not None:
+                body = cipher_.decrypt(struct.pack("<III", at, 0, 0), body, head)
+            content = zstandard.decompress(body) if codec == 1 else body
         assert len(content) == ulen
         assert self.id_of(content) == id_
         assert want in {None, id_}
         return content
 
-    def frames(self, body: bytes, id_: bytes, ulen: int) -> Iterator[bytes]:
-        count = -(-ulen // 65536)
-        at = 4 + 20 * count
-        assert zlib.crc32(id_ + body[4:at]) == struct.unpack("<I", body[:4])[0]
-        for number in range(count):
-            clen, check = struct.unpack_from("<I16s", body, 4 + 20 * number)
-            part, length = body[at : at + clen], min(65536, ulen - 65536 * number)
-            content = part if clen == length else zstandard.decompress(part)
-            assert (len(content), xxh3_128_digest(content)) == (length, check)
+    def frames(
+        self, pack: bytes, at: int, id_: bytes, ulen: int, lengths: bytes, cipher: AESGCM | None
+    ) -> Iterator[bytes]:
+        """Each by itself: nothing but the lengths is used of what lies around it."""
+        for number, (start, size) in enumerate(spans(lengths, ulen)):
+            stored = pack[at + 52 + start : at + 52 + start + size]
+            count = struct.pack("<I", number)
+            if cipher is not None:
+                nonce = struct.pack("<II", at, number) + bytes(4)
+                frame = cipher.decrypt(nonce, stored, id_ + count)
+            else:
+                frame = stored[:-16]
+            raw = lengths[2 * number : 2 * number + 2] == b"\0\0"
+            content = frame if raw else zstandard.decompress(frame)
+            if cipher is None:
+                seed = (int.from_bytes(id_[:8], "little") + number) % 2**64
+                assert xxh3_128_digest(content, seed) == stored[-16:]
+            assert len(content) == min(32768, ulen - 32768 * number)
             yield content
-            at += clen
-        assert at == len(body)
 
     def directory(self, pack: bytes) -> Iterator[tuple[bytes, int]]:
-        count, length, crc, end = struct.unpack("<III4x8s", pack[-24:])
+        count, length, crc, row, end = struct.unpack("<IIII8s", pack[-24:])
         rows = pack[-24 - length : -24]
-        assert (end, crc, length) == (b"NBDPEND1", zlib.crc32(rows), 48 * count)
-        for at in range(0, length, 48):
+        assert (end, crc, length) == (b"NBDPEND1", zlib.crc32(rows), row * count)
+        for at in range(0, length, row):
             id_, offset = struct.unpack_from("<32sI", rows, at)
             yield id_, offset
 
@@ -130,6 +153,17 @@ class Stranger:
             raise
         assert self.hash(pack) == name
         return self.entry(pack, offset, kind, id_)
+
+    def by_frames(self, name: bytes, at: int, id_: bytes, ulen: int, lengths: bytes) -> bytes:
+        """§5: by the slot's lengths alone; from elsewhere if the pack is gone."""
+        try:
+            pack = self.read(f"packs/{name.hex()[:2]}/{name.hex()}.pk")
+        except FileNotFoundError:
+            return self.fetch("packs", name, at, CHUNK, id_)
+        cipher = None
+        if self.master is not None:
+            cipher = AESGCM(self.derived(pack[32:64], b"nbdrepo v1 pack"))
+        return b"".join(self.frames(pack, at, id_, ulen, lengths, cipher))
 
     def points(self, group: str) -> list[dict]:  # §7
         folder = f"points/{quote(group, safe='')}"
@@ -169,11 +203,15 @@ class Stranger:
         magic, count, packs = struct.unpack("<8sII", page[:16])
         assert (magic, count) == (b"NBDPAGE1", -(-(end - start) // chunk))
         names, rows = page[16 : 16 + 32 * packs], page[16 + 32 * packs :]
-        ids = b"".join(rows[at : at + 32] for at in range(0, 48 * count, 48))
+        slot = 48 + 2 * -(-chunk // 32768)
+        ids = b"".join(rows[at : at + 32] for at in range(0, slot * count, slot))
         assert row[48:] == self.id_of(ids)
         parts = []
         for at in range(start, end, chunk):
-            id_, pack, offset = struct.unpack_from("<32sII", rows, (at - start) // chunk * 48)
+            here = (at - start) // chunk * slot
+            id_, pack, offset, codec, lengths = struct.unpack_from(
+                f"<32sII4xB3x{slot - 48}s", rows, here
+            )
             length = min(chunk, end - at)
             if id_ == ZERO:
                 parts.append(bytes(length))
@@ -181,4 +219,6 @@ class Stranger:
             name = names[32 * pack : 32 * pack + 32]
             parts.append(self.fetch("packs", name, offset, CHUNK, id_))
             assert len(parts[-1]) == length
+            if codec == 2:
+                assert parts[-1] == self.by_frames(name, offset, id_, length, lengths)
         return b"".join(parts)

@@ -1,11 +1,12 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.chunk_reader import ChunkReader
-from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
-from nbdsrv.repository.native.frames import FRAME, encode_frames, frame_table, table_size
+from nbdsrv.repository.native.entry import ENTRY_SIZE, Body, Kind, Place
+from nbdsrv.repository.native.frames import FRAME, encode_frames, frame_span
 from nbdsrv.repository.native.layout import pack_key
 from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.sealing import Codec, compress
@@ -19,10 +20,11 @@ CONTENT = b"".join(bytes([n]) * 40_000 + bytes(range(256)) * 98 for n in range(1
 def stored(vault: Vault, content: bytes, codec: Codec = Codec.FRAMES) -> tuple[bytes, Place]:
     pack = Pack(PackKind.CHUNKS, vault.repository, vault.sealing, vault.hashing)
     id_ = vault.hashing.id_of(content)
+    body: Body
     if codec is Codec.FRAMES:
         body = encode_frames(memoryview(content), id_, 2)
     else:
-        codec, body = compress(content)  # type: ignore[assignment]
+        codec, body = compress(content)
     row = pack.add(Kind.CHUNK, codec, len(content), id_, body)
     data = pack.finish()
     vault.store.put_new(pack_key(pack.name), data)
@@ -46,15 +48,59 @@ def test_chunks_and_frames(vault: Vault, codec: Codec) -> None:
     reader.close()
 
 
-def test_only_plain_packs_that_have_been_read_are_at_hand(vault: Vault) -> None:
+def test_only_packs_that_have_been_read_are_at_hand(vault: Vault) -> None:
     id_, place = stored(vault, CONTENT)
     reader = ChunkReader(vault)
-    assert not reader.at_hand(id_, place, len(CONTENT), 0)
+    assert not reader.at_hand(place, len(CONTENT), 0)
     reader.frame(id_, place, len(CONTENT), 1)
-    plain = vault.config.cipher is None
-    assert reader.at_hand(id_, place, len(CONTENT), 0) == plain
-    reader._tables.clear()
-    assert reader.at_hand(id_, place, len(CONTENT), 0) == plain
+    assert reader.at_hand(place, len(CONTENT), 0)
+    assert not reader.at_hand(place._replace(frames=b"\xff" * 99), len(CONTENT), 0)
+    reader.close()
+
+
+def test_a_cold_frame_is_one_read(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    id_, place = stored(vault, CONTENT)
+    reader = ChunkReader(vault)
+    reader.frame(id_, place, len(CONTENT), 0)  # opens the pack
+    asked: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def counted(fd: int, size: int, at: int) -> bytes:
+        asked.append((at, size))
+        return pread(fd, size, at)
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert CONTENT[FRAME : 2 * FRAME] == reader.frame(id_, place, len(CONTENT), 1)
+    position, size = frame_span(place.frames, len(CONTENT), 1)
+    assert [(place.offset + ENTRY_SIZE + position, size)] == asked
+    reader.close()
+
+
+def test_lengths_that_are_wrong_cost_time_and_not_content(vault: Vault) -> None:
+    id_, place = stored(vault, CONTENT)
+    reader = ChunkReader(vault)
+    for lengths in (b"", b"\1", b"\xff" * 40, place.frames[:-1], b"\7" + place.frames[1:]):
+        wrong = place._replace(frames=lengths)
+        assert CONTENT == reader.chunk(id_, wrong, len(CONTENT))
+        for number in range(-(-len(CONTENT) // FRAME)):
+            expected = CONTENT[number * FRAME : (number + 1) * FRAME]
+            assert expected == reader.frame(id_, wrong, len(CONTENT), number)
+    reader.close()
+
+
+def test_a_pack_whose_salt_is_damaged_is_told(vault: Vault) -> None:
+    id_, place = stored(vault, CONTENT)
+    path = Path(vault.store.name) / pack_key(place.pack)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    reader = ChunkReader(vault)
+    if vault.config.cipher is None:
+        assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
+    else:
+        for _ in range(2):
+            with pytest.raises(CorruptImage, match=pack_key(place.pack)):
+                reader.frame(id_, place, len(CONTENT), 0)
     reader.close()
 
 
@@ -62,11 +108,7 @@ def test_damage_in_a_frame_is_told_and_leaves_the_others(vault: Vault) -> None:
     id_, place = stored(vault, CONTENT)
     path = Path(vault.store.name) / pack_key(place.pack)
     data = bytearray(path.read_bytes())
-    if vault.config.cipher is None:
-        body = data[place.offset + ENTRY_SIZE :][: place.length]
-        start = frame_table(body, id_, len(CONTENT), len(body))[1].position
-    else:
-        start = table_size(len(CONTENT))
+    start, _ = frame_span(place.frames, len(CONTENT), 1)
     data[place.offset + ENTRY_SIZE + start + 20] ^= 1
     path.write_bytes(data)
     reader = ChunkReader(vault)
@@ -74,8 +116,7 @@ def test_damage_in_a_frame_is_told_and_leaves_the_others(vault: Vault) -> None:
         reader.frame(id_, place, len(CONTENT), 1)
     with pytest.raises(CorruptImage, match=f"at {place.offset}"):
         reader.chunk(id_, place, len(CONTENT))
-    if vault.config.cipher is None:
-        assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
+    assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
     reader.close()
 
 

@@ -77,7 +77,7 @@ def test_a_pack_that_was_repacked_is_no_damage(scene: Scene) -> None:
     assert [] == scene.damage
 
 
-@pytest.mark.parametrize("at", [64, 64 + 20, 64 + 56])
+@pytest.mark.parametrize("at", [64, 64 + 20, 64 + 52])
 def test_a_damaged_one_is_read_elsewhere_and_told(scene: Scene, at: int) -> None:
     scene.spoil(0, at)
     assert CONTENT == read(scene, scene.entries())
@@ -117,7 +117,7 @@ def test_lost_is_what_no_pack_has(scene: Scene) -> None:
 
 def test_wrong_content_is_never_returned(scene: Scene) -> None:
     for number in range(2):
-        scene.spoil(number, 64 + 56 + 3)
+        scene.spoil(number, 64 + 52 + 3)
     with pytest.raises(CorruptImage, match=pack_key(scene.places[0].pack)):
         read(scene, scene.entries())
 

@@ -20,14 +20,14 @@ SEALING = Sealing(MASTER)
 HASHING = Hashing("blake3", SEALING.id_key)
 SEAL = SEALING.seal(SALT)
 ID = HASHING.id_of(CONTENT)
-ENTRY = HEADER + bytes.fromhex("ae2bc489") + PAYLOAD  # zlib's CRC-32 of HEADER
+ENTRY = HEADER + bytes.fromhex("ff2d1d59") + PAYLOAD  # zlib's CRC-32 of HEADER
 
 
 def test_an_entry_is_these_bytes() -> None:
     header, payload = enclose(SEAL, 258, Kind.CHUNK, Codec.RAW, len(CONTENT), ID, CONTENT)
     assert header + bytes(payload) == ENTRY
-    assert len(header) == ENTRY_SIZE == 56
-    assert CONTENT == open_entry(SEAL, HASHING, ID, Kind.CHUNK, ENTRY)
+    assert len(header) == ENTRY_SIZE == 52
+    assert CONTENT == open_entry(SEAL, HASHING, 258, ID, Kind.CHUNK, ENTRY)
 
 
 @given(st.integers(0, len(ENTRY) - 1), st.integers(0, 7))
@@ -35,10 +35,10 @@ def test_no_flipped_bit_goes_unnoticed(at: int, bit: int) -> None:
     damaged = bytearray(ENTRY)
     damaged[at] ^= 1 << bit
     with pytest.raises(BrokenPayload):
-        open_entry(SEAL, HASHING, ID, Kind.CHUNK, damaged)
+        open_entry(SEAL, HASHING, 258, ID, Kind.CHUNK, damaged)
 
 
-@given(st.integers(0, 400), st.integers(0, 7), st.sampled_from(list(Codec)))
+@given(st.integers(0, 400), st.integers(0, 7), st.sampled_from([Codec.RAW, Codec.ZSTD]))
 def test_nor_does_one_in_a_plain_repository(at: int, bit: int, codec: Codec) -> None:
     hashing, seal = Hashing("sha256"), Sealing().seal(b"")
     content = b"0123456789" * 30
@@ -48,7 +48,7 @@ def test_nor_does_one_in_a_plain_repository(at: int, bit: int, codec: Codec) -> 
     entry[at % len(entry)] ^= 1 << bit
     try:
         # A bit that zstd does not look at may be another; content cannot.
-        assert content == bytes(open_entry(seal, hashing, id_, Kind.PAGE, entry))
+        assert content == bytes(open_entry(seal, hashing, 0, id_, Kind.PAGE, entry))
     except BrokenPayload:
         pass
 
@@ -57,23 +57,28 @@ def test_nor_does_one_in_a_plain_repository(at: int, bit: int, codec: Codec) -> 
 def test_a_short_entry(length: int) -> None:
     if length < len(ENTRY):
         with pytest.raises(BrokenPayload):
-            open_entry(SEAL, HASHING, ID, Kind.CHUNK, ENTRY[:length])
+            open_entry(SEAL, HASHING, 258, ID, Kind.CHUNK, ENTRY[:length])
     with pytest.raises(BrokenPayload):
-        open_entry(SEAL, HASHING, ID, Kind.CHUNK, ENTRY + b"x" * (length + 1))
+        open_entry(SEAL, HASHING, 258, ID, Kind.CHUNK, ENTRY + b"x" * (length + 1))
+
+
+def test_an_entry_at_another_place_of_its_pack_does_not_open() -> None:
+    with pytest.raises(BrokenPayload, match="changed"):
+        open_entry(SEAL, HASHING, 259, ID, Kind.CHUNK, ENTRY)
 
 
 def test_an_entry_for_another_id_or_of_another_kind() -> None:
     with pytest.raises(BrokenPayload, match="another entry"):
-        open_entry(SEAL, HASHING, bytes(32), Kind.CHUNK, ENTRY)
+        open_entry(SEAL, HASHING, 258, bytes(32), Kind.CHUNK, ENTRY)
     with pytest.raises(BrokenPayload, match="another entry"):
-        open_entry(SEAL, HASHING, ID, Kind.PAGE, ENTRY)
+        open_entry(SEAL, HASHING, 258, ID, Kind.PAGE, ENTRY)
 
 
 def test_an_id_that_is_not_the_contents() -> None:
     seal = Sealing().seal(b"")
     lie = b"".join(enclose(seal, 0, Kind.CHUNK, Codec.RAW, 4, bytes(32), b"data"))
     with pytest.raises(BrokenPayload, match="not what its id says"):
-        open_entry(seal, Hashing("blake3"), bytes(32), Kind.CHUNK, lie)
+        open_entry(seal, Hashing("blake3"), 0, bytes(32), Kind.CHUNK, lie)
 
 
 @given(st.binary(max_size=200), st.integers(0, 250))

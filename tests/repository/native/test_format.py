@@ -130,4 +130,4 @@ def test_golden_repositories_are_small_and_unchanged() -> None:
     assert hashed.hexdigest() == SUM
 
 
-SUM = "9035f0e53abbe226f8e00d5e1b2b23dbb705bd0eb804e50e3a4e8d84c8d99075"
+SUM = "328bf8e82ed7306a96720d374152cb1f89671bad8b2c56c5b6660a8f47e48088"

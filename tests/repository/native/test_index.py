@@ -19,13 +19,14 @@ Row = tuple[bytes, Place, int]
 
 ids = st.binary(min_size=32, max_size=32) | st.integers(0, 3).map(lambda n: bytes([n]) * 32)
 rows = st.builds(
-    lambda id_, pack, offset, clen, codec, kind: (id_, Place(pack, offset, clen, codec), kind),
+    lambda id_, *place, kind: (id_, Place(*place), kind),
     ids,
     st.sampled_from([b"p" * 32, b"q" * 32, b"r" * 32]),
     st.integers(64, 1 << 28),
     st.integers(0, 1 << 26),
     st.sampled_from([0, 1]),
-    st.integers(0, 4),
+    st.binary(max_size=8).map(lambda lengths: lengths.rstrip(b"\0")),
+    kind=st.integers(0, 4),
 )
 
 
@@ -54,7 +55,7 @@ def test_an_index_of_segments_and_packs(one: list[Row], other: list[Row], small:
     finally:
         index_module.SMALL = limit
     for id_, place, kind in other:
-        listed = Listed(id_, place.offset, place.length, 1, place.codec, kind)
+        listed = Listed(id_, place.offset, place.length, 1, place.codec, kind, place.frames)
         index.add_pack(place.pack, [listed])
     usable = [row for row in one + other if row[1].pack != b"r" * 32]
     assert sorted(usable) == sorted(index)
@@ -69,13 +70,14 @@ def test_an_index_of_segments_and_packs(one: list[Row], other: list[Row], small:
 
 
 def test_an_index_is_these_bytes() -> None:
-    row = (b"\x02" + bytes(31), Place(b"p" * 32, 64, 10, 1), 0)
+    row = (b"\x02" + bytes(31), Place(b"p" * 32, 64, 10, 2, b"\x10\0\x09"), 0)
     data = encode_segment([row], OWNER, HASHING)
-    assert data[:64] == b"NBDINDX1" + OWNER + struct.pack("<II", 1, 1) + bytes(32)
+    assert data[:64] == b"NBDINDX1" + OWNER + struct.pack("<III", 1, 1, 52) + bytes(28)
     assert data[64:96] == b"p" * 32
     assert data[96:1120] == struct.pack("<256I", 0, 0, *([1] * 254))
-    assert data[1120:1168] == row[0] + struct.pack("<IIIBBxx", 0, 64, 10, 1, 0)
-    assert data[1168:] == HASHING.name_of(data[:1168])
+    record = struct.pack("<IIIBBxxHH", 0, 64, 10, 2, 0, 16, 9)
+    assert data[1120:1172] == row[0] + record
+    assert data[1172:] == HASHING.name_of(data[:1172])
 
 
 @given(st.data())
@@ -95,9 +97,19 @@ def test_a_short_segment_is_refused(length: int) -> None:
 
 
 def test_counts_of_billions_are_refused_without_memory() -> None:
-    head = struct.pack("<8s16sII32x", b"NBDINDX1", OWNER, (1 << 32) - 1, (1 << 32) - 1)
-    with pytest.raises(CorruptImage):
-        Segment.parse("index/x.ix", head + bytes(2000), OWNER, HASHING)
+    for row in (0, 47, 48, 64, (1 << 32) - 1):
+        many = (1 << 32) - 1
+        head = struct.pack("<8s16sIII28x", b"NBDINDX1", OWNER, many, many, row)
+        with pytest.raises(CorruptImage):
+            Segment.parse("index/x.ix", head + bytes(2000), OWNER, HASHING)
+
+
+@pytest.mark.parametrize("row", [0, 47, 4145, 4146, (1 << 32) - 1])
+def test_records_of_a_size_that_cannot_be(row: int) -> None:
+    """Its hash is right: somebody made it so."""
+    body = struct.pack("<8s16sIII28x", b"NBDINDX1", OWNER, 0, 0, row) + bytes(1024)
+    with pytest.raises(CorruptImage, match="no index"):
+        Segment.parse("x", body + HASHING.name_of(body), OWNER, HASHING)
 
 
 def test_of_another_repository() -> None:
@@ -109,7 +121,7 @@ def test_of_another_repository() -> None:
 @given(st.lists(st.integers(0, (1 << 32) - 1), min_size=256, max_size=256), ids)
 def test_a_fan_out_that_lies_leads_nowhere_else(fan: list[int], id_: bytes) -> None:
     """Its hash is right: somebody made it so."""
-    body = struct.pack("<8s16sII32x", b"NBDINDX1", OWNER, 2, 1) + b"p" * 32
+    body = struct.pack("<8s16sIII28x", b"NBDINDX1", OWNER, 2, 1, 48) + b"p" * 32
     body += struct.pack("<256I", *fan)
     record = struct.pack("<32sIIIBBxx", b"\1" * 32, 0, 64, 1, 0, 0)
     body += record + struct.pack("<32sIIIBBxx", b"\1" * 32, 99, 64, 1, 0, 0)  # no such pack

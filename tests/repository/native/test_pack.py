@@ -1,6 +1,7 @@
 """Packs: their parts stand where the document says, and hostile ones are refused."""
 
 import hashlib
+import random
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdsrv.repository.native.entry import ENTRY_SIZE, MAX_CONTENT, Kind, open_entry
+from nbdsrv.repository.native.frames import encode_frames, expand_frames
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
@@ -46,7 +48,7 @@ def directory_of(data: bytes, size: int | None = None) -> list[Listed]:
 def ending(rows: list[tuple[int, int, int]], size: int = 1000) -> tuple[bytes, int]:
     """Directory and trailer that list (offset, clen, ulen)."""
     table = b"".join(struct.pack("<32sIIIBBH", bytes(32), *row, 0, 0, 0) for row in rows)
-    tail = struct.pack("<III4x8s", len(rows), len(table), zlib.crc32(table), b"NBDPEND1")
+    tail = struct.pack("<IIII8s", len(rows), len(table), zlib.crc32(table), 48, b"NBDPEND1")
     return table + tail, size
 
 
@@ -65,8 +67,32 @@ def test_what_is_packed_is_listed_and_opens(sealing: Sealing) -> None:
     seal = sealing.seal(header.salt)
     for row, content in zip(pack.listed, CONTENTS, strict=True):
         entry = data[row.offset : row.offset + ENTRY_SIZE + row.clen]
-        assert content == open_entry(seal, hashing, row.id, Kind.CHUNK, entry)
+        assert content == open_entry(seal, hashing, row.offset, row.id, Kind.CHUNK, entry)
     assert sorted(scan(data)) == rows
+
+
+@pytest.mark.parametrize("sealing", [Sealing(), Sealing(bytes(32))])
+def test_lengths_of_frames_are_listed(sealing: Sealing) -> None:
+    """In the directory, and where that is lost, from the entries."""
+    pack = Pack(PackKind.CHUNKS, OWNER, sealing, HASHING)
+    contents = [b"text" * 30_000, random.Random(1).randbytes(70_000), b"short"]
+    for content in contents:
+        body = encode_frames(memoryview(content), HASHING.id_of(content), 1)
+        pack.add(Kind.CHUNK, Codec.FRAMES, len(content), HASHING.id_of(content), body)
+    data = bytes(pack.finish())
+    assert struct.unpack("<I", data[-12:-8])[0] == 48 + 2 * 4
+    rows = directory_of(data)
+    assert sorted(pack.listed) == rows == sorted(scan(data))
+    by_id = {row.id: row for row in rows}
+    text, noise, short = (by_id[HASHING.id_of(content)] for content in contents)
+    # Without the zero bytes at the end: four lengths below 256, and none at all.
+    assert (7, b"", b"") == (len(text.frames), noise.frames, short.frames)
+    seal = sealing.seal(parse_header(data, OWNER).salt)
+    for row in (text, noise, short):
+        start = row.offset + ENTRY_SIZE
+        payload = data[start : start + row.clen]
+        content = expand_frames(row.frames, payload, seal, row.offset, row.id, row.ulen)
+        assert HASHING.id_of(content) == row.id
 
 
 def test_the_same_content_twice_makes_two_names() -> None:
@@ -116,19 +142,22 @@ def test_a_mutated_pack_lists_entries_within_it_or_is_broken(data: st.DataObject
 
 
 @pytest.mark.parametrize(
-    ("count", "length", "size"),
+    ("count", "length", "row", "size"),
     [
-        ((1 << 32) - 1, (1 << 32) - 48, 1 << 20),  # four billion entries
-        (1, 47, 1000),
-        (0, 48, 1000),
-        (10, 480, 500),  # reaches in front of the pack
-        (10, 480, 64 + 24 + 480),  # ten entries, and no room for one
-        (0, 0, MAX_PACK + 1),
-        (0, 0, 87),
+        ((1 << 32) - 1, (1 << 32) - 48, 48, 1 << 20),  # four billion entries
+        (1, 47, 47, 1000),
+        (1, 47, 48, 1000),
+        (0, 48, 48, 1000),
+        (1, 0, 0, 1000),
+        (1, 4146, 4146, 1 << 20),  # more frames than there can be
+        (10, 480, 48, 500),  # reaches in front of the pack
+        (10, 480, 48, 64 + 24 + 480),  # ten entries, and no room for one
+        (0, 0, 48, MAX_PACK + 1),
+        (0, 0, 48, 87),
     ],
 )
-def test_a_trailer_that_lies(count: int, length: int, size: int) -> None:
-    tail = struct.pack("<III4x8s", count, length, 0, b"NBDPEND1")
+def test_a_trailer_that_lies(count: int, length: int, row: int, size: int) -> None:
+    tail = struct.pack("<IIII8s", count, length, 0, row, b"NBDPEND1")
     with pytest.raises(BrokenPayload):
         parse_trailer(tail, size)
 

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nbdsrv.disk.runs import BlockRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.repository.native.disk import CHANGED_SINCE, PointDisk
+from nbdsrv.repository.native.disk import CHANGED_SINCE, SMALL_MAP, PointDisk
 from nbdsrv.repository.native.entry import ENTRY_SIZE
+from nbdsrv.repository.native.frames import FRAME
 from nbdsrv.repository.native.layout import CONFIG, INDEX, PACKS, meta_key, pack_key
 from nbdsrv.repository.native.pages import Pages
 from nbdsrv.repository.native.vault import Vault
@@ -155,7 +157,42 @@ async def test_unchanged_pages_are_not_read(workers: Workers) -> None:
             (CHUNK, 1),
             (5 * SPAN - CHUNK, 0),
         ]
-        assert faulty.calls == 3  # the other's root, and one page of each
+        assert faulty.calls == 2  # the other's root, and one page of it; ours are in memory
+    finally:
+        await disk.close()
+
+
+@pytest.mark.parametrize("pages", [8, SMALL_MAP, SMALL_MAP + 1])
+async def test_a_small_map_is_read_when_the_disk_is_opened(workers: Workers, pages: int) -> None:
+    build = Building.fresh()
+    # A data chunk in each page, and a page of zeroes that does not count.
+    content = b"".join(bytes([1 + n % 255]) * 512 + bytes(SPAN - 512) for n in range(pages))
+    record = build.point("vm", {"sda": content + bytes(SPAN) + b"end"})
+    disk = await open_disk(build, workers, record, "sda")
+    try:
+        there = [disk.pages.peek(n) is not None for n in range(pages + 1)]
+        assert there == [pages + 1 <= SMALL_MAP] * pages + [True]
+    finally:
+        await disk.close()
+
+
+async def test_a_read_of_several_frames_takes_these_alone(workers: Workers) -> None:
+    build = Building.fresh(chunk=4 * CHUNK)
+    golden = random.Random(5).randbytes(8 * CHUNK)
+    record = build.point("vm", {"sda": golden})
+    disk = await open_disk(build, workers, record, "sda")
+    try:
+        at, length = 3 * FRAME - 100, FRAME + 200
+        runs = disk.locate(at, length)
+        assert runs is not None
+        assert [100, FRAME, 100] == [run.length for run in runs]
+        assert golden[at : at + length] == await content(disk, at, length)
+        (whole,) = disk.locate(10, 3 * CHUNK) or ()
+        assert isinstance(whole, BlockRun)
+        assert (0, 10) == (whole.key, whole.skip)
+        across = disk.locate(4 * CHUNK - 10, 20)
+        assert across is not None
+        assert [10, 10] == [run.length for run in across]
     finally:
         await disk.close()
 

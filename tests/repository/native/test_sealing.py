@@ -24,16 +24,20 @@ SALT = bytes(range(32, 64))
 CONTENT = b"a stranger reads this, and it is right"
 
 # HKDF: `openssl kdf ... HKDF`. AES-GCM: counter mode and GHASH done by hand on `openssl enc
-# -aes-256-ecb`. Header of entry 258 of a pack with SALT, and its payload.
+# -aes-256-ecb`. Header of the entry at 258 of a pack with SALT, and its payload.
 K_ID = "32c081c313f827a3f40b54d557d8300a0df21f39487421a6ee50c9a0093baf7e"
 HEADER = bytes.fromhex(
     "43484e4b000000002600000036000000"
     "90bd7bdeeee060062dce89fdb80bd2f028a3384ea1203cd16f864b07b176db13"
-    "02010000"
 )
 PAYLOAD = bytes.fromhex(
     "3629546f73330d1e137cbcaafe4dacd05f1ecd462da06f6e024238649f5be6f3"
-    "735a5f69c8a8b14e0d5bf100c67058d6703a5b649b09"
+    "735a5f69c8a87efa7100ba4a76938b9d1a89df9c769c"
+)
+# The same as frame 3 of a chunk there, with the id of that header.
+FRAME_3 = bytes.fromhex(
+    "3e27a9e4115f232da22162f96f7230a57cec939acb5dcd96fcf7f229e6806e01"
+    "7bbee52a1bd882179dd06b2fedb4d89d522fe8502168"
 )
 
 
@@ -41,15 +45,18 @@ def test_keys_and_ciphertext_as_openssl_has_them() -> None:
     sealing = Sealing(MASTER)
     assert sealing.id_key is not None
     assert sealing.id_key.hex() == K_ID
-    assert sealing.seal(SALT).close(258, HEADER, CONTENT) == PAYLOAD
-    assert sealing.seal(SALT).open(258, HEADER, PAYLOAD) == CONTENT
+    assert sealing.seal(SALT).close(258, 0, HEADER, CONTENT) == PAYLOAD
+    assert sealing.seal(SALT).open(258, 0, HEADER, PAYLOAD) == CONTENT
+    with_ = HEADER[16:] + struct.pack("<I", 3)
+    assert sealing.seal(SALT).close(258, 3, with_, CONTENT) == FRAME_3
     assert sealing.seal(SALT).overhead == TAG_SIZE
 
 
-def test_another_salt_number_header_or_key_opens_nothing() -> None:
+def test_another_salt_place_header_or_key_opens_nothing() -> None:
     seal = Sealing(MASTER).seal(SALT)
     tries = [
         (seal, 257, HEADER, PAYLOAD),
+        (seal, 258, HEADER, FRAME_3),
         (seal, 258, HEADER[:-1] + b"\1", PAYLOAD),
         (seal, 258, HEADER, PAYLOAD[:-1]),
         (seal, 258, HEADER, b""),
@@ -57,9 +64,11 @@ def test_another_salt_number_header_or_key_opens_nothing() -> None:
         (Sealing(MASTER).seal(SALT[::-1]), 258, HEADER, PAYLOAD),
         (Sealing(MASTER[::-1]).seal(SALT), 258, HEADER, PAYLOAD),
     ]
-    for other, number, header, payload in tries:
+    for other, offset, header, payload in tries:
         with pytest.raises(BrokenPayload):
-            other.open(number, header, payload)
+            other.open(offset, 0, header, payload)
+    with pytest.raises(BrokenPayload):
+        seal.open(258, 1, HEADER, PAYLOAD)
 
 
 def test_secrets_are_not_shown() -> None:
@@ -69,8 +78,8 @@ def test_secrets_are_not_shown() -> None:
 
 def test_without_a_key_nothing_is_sealed() -> None:
     seal = Sealing().seal(SALT)
-    assert seal.close(0, b"", CONTENT) is CONTENT
-    assert seal.open(7, b"x", CONTENT) is CONTENT
+    assert seal.close(0, 0, b"", CONTENT) is CONTENT
+    assert seal.open(7, 1, b"x", CONTENT) is CONTENT
     assert seal.overhead == 0
 
 
@@ -153,7 +162,7 @@ def test_threads_compress_side_by_side() -> None:
 
 def test_every_buffer_can_be_sealed() -> None:
     seal = Seal(MASTER)
-    expected = seal.close(3, HEADER, CONTENT)
+    expected = seal.close(3, 0, HEADER, CONTENT)
     for body in (bytearray(CONTENT), memoryview(CONTENT)):
-        assert expected == seal.close(3, HEADER, body)
-    assert seal.open(3, HEADER, memoryview(expected)) == CONTENT
+        assert expected == seal.close(3, 0, HEADER, body)
+    assert seal.open(3, 0, HEADER, memoryview(expected)) == CONTENT

@@ -17,40 +17,43 @@ from nbdsrv.repository.native.slots import (
     Page,
     Root,
     encode_page,
+    slot_form,
 )
 
 HASHING = Hashing("blake3")
 NAMES = [b"a" * 32, b"b" * 32]
-ONE = SLOT.pack(b"1" * 32, 0, 64, 100, 0)
-TWO = SLOT.pack(b"2" * 32, 1, 5000, 70, 1)
-NONE = bytes(SLOT_SIZE)
-PAGE = encode_page(NAMES, ONE + NONE + TWO)
-CONTENT = HASHING.id_of(b"1" * 32 + ZERO_ID + b"2" * 32)
 CHUNK = 1 << 16
+FORM = slot_form(CHUNK)
+ONE = FORM.pack(b"1" * 32, 0, 64, 100, 0, b"")
+TWO = FORM.pack(b"2" * 32, 1, 5000, 70, 2, b"\x10\0\0\x20")
+NONE = bytes(FORM.size)
+PAGE = encode_page(NAMES, ONE + NONE + TWO, FORM)
+CONTENT = HASHING.id_of(b"1" * 32 + ZERO_ID + b"2" * 32)
 
 
 def root(size: int = 40 * CHUNK + 5) -> Root:
-    pages = Page(NAMES[:1], ONE + NONE + SLOT.pack(b"3" * 32, 0, 900, 10, 0))
+    slots = SLOT.pack(b"1" * 32, 0, 64, 100, 0, b"") + bytes(SLOT_SIZE)
+    pages = Page(NAMES[:1], slots + SLOT.pack(b"3" * 32, 0, 900, 10, 0, b""), SLOT)
     return Root(size, CHUNK, 16, pages, CONTENT + ZERO_ID + b"c" * 32)
 
 
 def test_a_page_is_what_was_encoded() -> None:
-    page = Page.parse(PAGE, 3)
+    page = Page.parse(PAGE, 3, CHUNK)
     assert 3 == len(page)
     assert [b"1" * 32, ZERO_ID, b"2" * 32] == [page.id(n) for n in range(3)]
-    assert (NAMES[1], 5000, 70, 1) == page.place(2)
+    assert (NAMES[1], 5000, 70, 2, b"\x10\0\0\x20") == page.place(2)
+    assert b"" == page.place(0).frames
     assert [(0, b"1" * 32, page.place(0)), (2, b"2" * 32, page.place(2))] == list(page.places())
     assert CONTENT == page.content(HASHING)
-    assert PAGE == encode_page(page.names, page.slots)
+    assert PAGE == encode_page(page.names, page.slots, FORM)
     assert b"NBDPAGE1" + struct.pack("<II", 3, 2) == PAGE[:16]
 
 
 def test_the_content_of_a_page_does_not_depend_on_where_it_lies() -> None:
-    moved = Page(
-        [b"z" * 32], SLOT.pack(b"1" * 32, 0, 777, 9, 1) + NONE + SLOT.pack(b"2" * 32, 0, 64, 9, 1)
-    )
+    one, two = (FORM.pack(n * 32, 0, at, 9, 1, b"") for n, at in ((b"1", 777), (b"2", 64)))
+    moved = Page([b"z" * 32], one + NONE + two, FORM)
     assert CONTENT == moved.content(HASHING)
-    assert ZERO_ID == Page((), NONE * 5).content(HASHING)
+    assert ZERO_ID == Page((), NONE * 5, FORM).content(HASHING)
 
 
 def test_a_root_is_what_was_encoded() -> None:
@@ -66,36 +69,42 @@ def test_a_root_is_what_was_encoded() -> None:
     assert (41, [16, 16, 9]) == (parsed.chunks, [parsed.slots_of(n) for n in range(3)])
     assert [CONTENT, ZERO_ID, b"c" * 32] == [parsed.content(n) for n in range(3)]
     assert ZERO_ID == parsed.pages.id(1)
-    assert (NAMES[0], 900, 10, 0) == parsed.pages.place(2)
+    assert (NAMES[0], 900, 10, 0, b"") == parsed.pages.place(2)
     image = struct.pack("<QII", parsed.size, CHUNK, 16) + CONTENT + ZERO_ID + b"c" * 32
     assert HASHING.id_of(image) == parsed.image_id(HASHING)
 
 
 def test_a_disk_without_bytes() -> None:
-    empty = Root.parse(Root(0, CHUNK, 16, Page((), b""), b"").encode())
+    empty = Root.parse(Root(0, CHUNK, 16, Page((), b"", SLOT), b"").encode())
     assert (0, 0, 0) == (empty.size, len(empty), empty.chunks)
 
 
 @pytest.mark.parametrize("count", [2, 4, 0])
 def test_a_page_of_another_length_than_the_root_says(count: int) -> None:
     with pytest.raises(BrokenPayload, match=f"in place of {count}"):
-        Page.parse(PAGE, count)
+        Page.parse(PAGE, count, CHUNK)
 
 
 @pytest.mark.parametrize(
     "slot",
     [
-        SLOT.pack(b"1" * 32, 2, 64, 1, 0),  # no such pack
-        SLOT.pack(b"1" * 32, (1 << 32) - 1, 64, 1, 0),
-        SLOT.pack(b"1" * 32, 0, 63, 1, 0),  # in the header
-        SLOT.pack(b"1" * 32, 0, MAX_PACK, 1, 0),
-        SLOT.pack(b"1" * 32, 0, 64, (1 << 32) - 1, 0),
-        SLOT.pack(b"1" * 32, 0, 64, 1, 3),  # an unknown codec
+        (2, 64, 1, 0),  # no such pack
+        ((1 << 32) - 1, 64, 1, 0),
+        (0, 63, 1, 0),  # in the header
+        (0, MAX_PACK, 1, 0),
+        (0, 64, (1 << 32) - 1, 0),
+        (0, 64, 1, 3),  # an unknown codec
     ],
 )
-def test_a_slot_that_leads_to_where_nothing_can_be(slot: bytes) -> None:
+def test_a_slot_that_leads_to_where_nothing_can_be(slot: tuple[int, int, int, int]) -> None:
+    encoded = encode_page(NAMES, FORM.pack(b"1" * 32, *slot, b""), FORM)
     with pytest.raises(BrokenPayload, match="impossible place"):
-        Page.parse(encode_page(NAMES, slot), 1)
+        Page.parse(encoded, 1, CHUNK)
+
+
+def test_a_page_for_chunks_of_another_size() -> None:
+    with pytest.raises(BrokenPayload, match="another length"):
+        Page.parse(PAGE, 3, 4 * CHUNK)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,7 @@ def test_a_root_of_impossible_sizes(size: int, chunk: int, slots: int, pages: in
 )
 def test_counts_that_the_bytes_do_not_bear_out(data: bytes) -> None:
     with pytest.raises(BrokenPayload):
-        Page.parse(data, 3)
+        Page.parse(data, 3, CHUNK)
     with pytest.raises(BrokenPayload):
         Root.parse(data)
 
@@ -144,7 +153,7 @@ def test_mutated_maps_are_maps_or_broken(data: st.DataObject) -> None:
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
         try:
             if whole is PAGE:
-                list(Page.parse(raw, 3).places())
+                list(Page.parse(raw, 3, CHUNK).places())
             else:
                 parsed = Root.parse(bytes(raw))
                 list(parsed.pages.places())
