@@ -16,11 +16,9 @@ would do as well if nobody ever reverted a VM to a snapshot; but people do.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nbdsrv.backup.parent import AUTO, FULL, Parent, can_build_upon, matches
-from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
-from nbdsrv.repository.native.layout import point_prefix
-from nbdsrv.repository.native.point import PointRecord
-from nbdsrv.repository.native.vault import Vault
+from nbdsrv.backup.parent import AUTO, FULL, Parent, can_build_upon, matches, readable
+from nbdsrv.errors import CorruptImage, PointMissing
+from nbdsrv.repository.destination import Destination, KnownPoint
 from nbdsrv.store.store import ObjectMissing
 
 __all__ = ["History", "known_checkpoints", "needed_checkpoints", "parent_at", "read_history"]
@@ -38,21 +36,21 @@ class History:
     """What may be built upon in one repository.
 
     Attributes:
-        vault: the repository.
+        destination: the repository.
         group: whose points.
         records: from new to old.
         reason: why there are none, or not the latest; else empty.
         named: is it the one point that the user named?
     """
 
-    vault: Vault
+    destination: Destination
     group: str
-    records: Sequence[PointRecord] = ()
+    records: Sequence[KnownPoint] = ()
     reason: str = ""
     named: bool = False
 
 
-def read_history(vault: Vault, group: str, since: str) -> History:
+def read_history(destination: Destination, group: str, since: str) -> History:
     """The points of a group that ``since`` (``auto``, ``full``, a point) allows. Blocking.
 
     Raises:
@@ -60,32 +58,31 @@ def read_history(vault: Vault, group: str, since: str) -> History:
         RepositoryError: no group can have that name.
         StoreError: the repository cannot be read.
     """
-    try:
-        point_prefix(group)
-    except ValueError as error:
-        raise RepositoryError(f"{vault.name}: {error}") from error
+    destination.check_group(group)
     if since == FULL:
-        return History(vault, group, reason="--since full")
+        return History(destination, group, reason="--since full")
     if since != AUTO:
-        found = [record for record in vault.points(group)[0] if matches(record, since)]
+        found = [record for record in readable(destination, group)[0] if matches(record, since)]
         if len(found) != 1:
             what = f"{len(found)} points" if found else "no point"
-            raise PointMissing(f"{vault.name}: {what} of {group!r} match --since {since}")
-        return History(vault, group, found, named=True)
+            raise PointMissing(f"{destination.name}: {what} of {group!r} match --since {since}")
+        return History(destination, group, found, named=True)
+    if reason := destination.renewal(group):
+        return History(destination, group, reason=reason)
     records, damaged = [], ""
-    for stored in list(reversed(vault.point_objects(group)))[:MAX_POINTS]:
+    for key in list(reversed(destination.stored(group)))[:MAX_POINTS]:
         try:
-            records.append(vault.point(stored.key))
+            records.append(destination.point(key))
         except ObjectMissing:
             continue  # pruned meanwhile
         except CorruptImage:
-            damaged = damaged or f"{stored.key} is damaged"
+            damaged = damaged or f"{key} is damaged"
     if damaged and not records:
         damaged = f"no point of {group!r} can be built upon: {damaged}"
-    return History(vault, group, records, damaged or _nothing(group, records))
+    return History(destination, group, records, damaged or _nothing(group, records))
 
 
-def _nothing(group: str, records: Sequence[PointRecord]) -> str:
+def _nothing(group: str, records: Sequence[KnownPoint]) -> str:
     return "" if records else f"no point of {group!r} has this disk"
 
 
@@ -128,7 +125,7 @@ def parent_at(history: History, kind: str, since: Mapping[str, str]) -> Parent:
         StoreError: the repository cannot be read.
     """
 
-    def fits(record: PointRecord) -> int:
+    def fits(record: KnownPoint) -> int:
         return sum(
             disk.cbt == {"kind": kind, "id": since[disk.name]}
             for disk in record.disks
@@ -139,7 +136,7 @@ def parent_at(history: History, kind: str, since: Mapping[str, str]) -> Parent:
     # Stable: of those that fit equally well the latest stays the first.
     for record in sorted(history.records, key=fits, reverse=True):
         try:
-            if can_build_upon(history.vault, record, list(since)):
+            if can_build_upon(history.destination, record, list(since)):
                 return Parent(record, damaged, named=history.named)
         except CorruptImage:
             if history.named:

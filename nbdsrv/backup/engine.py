@@ -37,9 +37,7 @@ from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.export.grammar import Source
-from nbdsrv.repository.native.sealing import DEFAULT_LEVEL
-from nbdsrv.repository.native.vault import Vault
-from nbdsrv.repository.native.writer import begin
+from nbdsrv.repository.destination import DEFAULT_LEVEL, Destination, Occasion
 
 __all__ = ["Backup", "Meanwhile", "Order", "SourceDisk"]
 
@@ -98,19 +96,19 @@ class Backup:
 
     def __init__(
         self,
-        vaults: Sequence[Vault],
+        destinations: Sequence[Destination],
         workers: Workers,
         order: Order,
         *,
         rate: Rate | None = None,
         advance: Advance | None = None,
-        choose: Callable[[Vault], Parent] | None = None,
+        choose: Callable[[Destination], Parent] | None = None,
         confirm: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Back up into ``vaults``.
+        """Back up into ``destinations``.
 
         Args:
-            vaults: stay open.
+            destinations: stay open.
             workers: threads.
             order: what is asked for.
             rate: at which sources are read, at most.
@@ -119,14 +117,14 @@ class Backup:
                 without it.
             confirm: called when all is read and nothing committed; what it raises aborts.
         """
-        self.targets = [Target(vault) for vault in vaults]
+        self.targets = [Target(destination) for destination in destinations]
         self._workers = workers
         self._order = order
         self._rate = rate
         self._advance = advance
         self._choose = choose
         self._confirm = confirm
-        unit = max(target.vault.config.chunk_size for target in self.targets)
+        unit = max(target.destination.granularity for target in self.targets)
         self._piece = max(PIECE, unit)
 
     @property
@@ -177,11 +175,11 @@ class Backup:
     async def _choose_parents(self, disks: Sequence[SourceDisk]) -> None:
         names, order = [disk.name for disk in disks], self._order
         choose = self._choose or (
-            lambda vault: choose_parent(vault, order.group, names, order.since)
+            lambda destination: choose_parent(destination, order.group, names, order.since)
         )
         for target in self.targets:
             async with target.failing_alone():
-                target.parent = await self._workers.run(choose, target.vault)
+                target.parent = await self._workers.run(choose, target.destination)
         self._go_on()
 
     def _opened(self, disk: SourceDisk) -> AbstractAsyncContextManager[Disk]:
@@ -190,14 +188,13 @@ class Backup:
 
     async def _begin(self) -> None:
         order = self._order
+        occasion = Occasion(
+            order.group, order.level, dict(order.labels), order.consistency, dict(order.blobs)
+        )
         for target in self._alive:
             async with target.failing_alone():
-                target.writer = await begin(
-                    target.vault,
-                    self._workers,
-                    order.group,
-                    target.parent.record,
-                    level=order.level,
+                target.writer = await target.destination.begin(
+                    self._workers, occasion, target.parent.record
                 )
         self._go_on()
 
@@ -209,7 +206,7 @@ class Backup:
                 "consistency": self._order.consistency,
                 "blobs": dict(self._order.blobs),
             }
-            target.record = await target.writer.commit_record(facts)
+            target.point = await target.writer.commit(facts)
 
     # --- the disks -----------------------------------------------------------------------------
 
@@ -278,7 +275,7 @@ class Backup:
         changed = None
         if plan.mode is Mode.INCREMENTAL:
             try:
-                unit = target.vault.config.chunk_size
+                unit = target.destination.granularity
                 changed = await changed_ranges(source, plan.context, unit)
             except DiskError as error:
                 plan = _scan_instead(plan.cbt, error)
@@ -324,12 +321,12 @@ class Backup:
     def _report(self) -> Report:
         report = Report()
         for target in self.targets:
-            if target.record is None:
+            if target.point is None:
                 assert target.failure is not None
-                report.failed.append(Failed(target.vault.name, target.failure))
+                report.failed.append(Failed(target.destination.name, target.failure))
                 continue
             for part in target.parts:
-                report.disks.append(part.report(self._order.group, target.record.id))
+                report.disks.append(part.report(self._order.group, target.point.id))
         return report
 
 

@@ -49,7 +49,7 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import NbdsrvError
-from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.destination import Destination
 from nbdsrv.source.hypervisor import Frozen, FrozenDisk, SourceError
 from nbdsrv.source.opening import Machine, open_frozen
 from nbdsrv.source.turn import turn
@@ -81,7 +81,7 @@ class LiveBackup:
 
     def __init__(
         self,
-        vaults: Sequence[Vault],
+        destinations: Sequence[Destination],
         workers: Workers,
         order: Order,
         *,
@@ -89,17 +89,17 @@ class LiveBackup:
         budget: int = 0,
         dry_run: bool = False,
     ) -> None:
-        """Back up into ``vaults``.
+        """Back up into ``destinations``.
 
         Args:
-            vaults: stay open.
+            destinations: stay open.
             workers: threads.
             order: what is asked for; without a ``group`` it is the VM's name.
             rate: at which all VMs together are read, at most.
             budget: connections to one NBD server at most, of all disks together; 0: no limit.
             dry_run: freeze and thaw, and only say what would be read.
         """
-        self._vaults = vaults
+        self._destinations = destinations
         self._workers = workers
         self._order = order
         self._rate = rate
@@ -132,7 +132,9 @@ class LiveBackup:
                 vm = await machine.hypervisor.vm()
                 self._claim(self._order.group or vm, machine)
                 cleaned = await machine.hypervisor.clean()
-                work = _Work(self._vaults, replace(self._order, group=self._order.group or vm))
+                work = _Work(
+                    self._destinations, replace(self._order, group=self._order.group or vm)
+                )
                 await work.read_histories(self._workers)
                 known = known_checkpoints(work.histories, machine.kind)
                 async with machine.hypervisor.freeze(known, machine.disks) as frozen:
@@ -165,7 +167,7 @@ class LiveBackup:
         meanwhile: Meanwhile | None,
     ) -> Report:
         backup = Backup(
-            self._vaults,
+            self._destinations,
             self._workers,
             replace(work.order, consistency=frozen.consistency, blobs=_blobs(frozen)),
             rate=self._rate,
@@ -178,7 +180,7 @@ class LiveBackup:
     async def _preview(self, work: "_Work", machine: Machine, frozen: Frozen) -> Sequence[Preview]:
         choose = work.choice(machine.kind, frozen)
         disks = self._disks(machine, frozen)
-        return await preview(self._vaults, self._workers, work.order, disks, choose)
+        return await preview(self._destinations, self._workers, work.order, disks, choose)
 
     def _disks(self, machine: Machine, frozen: Frozen) -> list[SourceDisk]:
         if not frozen.disks:
@@ -202,9 +204,9 @@ class _Work:
         histories: of the repositories that could tell.
     """
 
-    def __init__(self, vaults: Sequence[Vault], order: Order) -> None:
+    def __init__(self, destinations: Sequence[Destination], order: Order) -> None:
         self.order = order
-        self._vaults = vaults
+        self._destinations = destinations
         self._found: dict[int, History | NbdsrvError] = {}
 
     @property
@@ -213,22 +215,23 @@ class _Work:
 
     async def read_histories(self, workers: Workers) -> None:
         """Ask all repositories; nothing is frozen if none can tell."""
-        for vault in self._vaults:
+        order = self.order
+        for each in self._destinations:
             try:
-                history = await workers.run(read_history, vault, self.order.group, self.order.since)
-                self._found[id(vault)] = history
+                history = await workers.run(read_history, each, order.group, order.since)
+                self._found[id(each)] = history
             except NbdsrvError as error:
-                self._found[id(vault)] = error
+                self._found[id(each)] = error
         errors = [each for each in self._found.values() if isinstance(each, NbdsrvError)]
         if len(errors) == len(self._found):
             raise errors[0]
 
-    def choice(self, kind: str, frozen: Frozen) -> Callable[[Vault], Parent]:
+    def choice(self, kind: str, frozen: Frozen) -> Callable[[Destination], Parent]:
         """Which point a repository builds upon, for the engine."""
         since = {disk.name: disk.since for disk in frozen.disks}
 
-        def choose(vault: Vault) -> Parent:
-            history = self._found[id(vault)]
+        def choose(destination: Destination) -> Parent:
+            history = self._found[id(destination)]
             if isinstance(history, NbdsrvError):
                 raise history
             return parent_at(history, kind, since)

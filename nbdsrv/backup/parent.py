@@ -10,13 +10,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
-from nbdsrv.repository.native.layout import point_prefix
-from nbdsrv.repository.native.point import PointRecord
-from nbdsrv.repository.native.vault import Vault
+from nbdsrv.errors import CorruptImage, PointMissing
+from nbdsrv.repository.destination import Destination, KnownPoint
+from nbdsrv.repository.repository import stamp_of
 from nbdsrv.store.store import ObjectMissing
 
-__all__ = ["AUTO", "FULL", "Parent", "can_build_upon", "choose_parent", "matches"]
+__all__ = ["AUTO", "FULL", "Parent", "can_build_upon", "choose_parent", "matches", "readable"]
 
 AUTO = "auto"
 FULL = "full"
@@ -32,12 +31,12 @@ class Parent:
         named: did the user name it?
     """
 
-    record: PointRecord | None
+    record: KnownPoint | None
     reason: str = ""
     named: bool = False
 
 
-def choose_parent(vault: Vault, group: str, disks: Sequence[str], since: str) -> Parent:
+def choose_parent(destination: Destination, group: str, disks: Sequence[str], since: str) -> Parent:
     """The point that ``since`` means in one repository. Blocking.
 
     Raises:
@@ -46,56 +45,67 @@ def choose_parent(vault: Vault, group: str, disks: Sequence[str], since: str) ->
         RepositoryError: no group can have that name.
         StoreError: the repository cannot be read.
     """
-    try:
-        point_prefix(group)
-    except ValueError as error:
-        raise RepositoryError(f"{vault.name}: {error}") from error
+    destination.check_group(group)
     if since == FULL:
         return Parent(None, "--since full")
     if since != AUTO:
-        return Parent(_named(vault, group, disks, since), named=True)
+        return Parent(_named(destination, group, disks, since), named=True)
+    if reason := destination.renewal(group):
+        return Parent(None, reason)
     damaged = ""
-    for stored in reversed(vault.point_objects(group)):
+    for key in reversed(destination.stored(group)):
         try:
-            record = vault.point(stored.key)
-            if can_build_upon(vault, record, disks):
+            record = destination.point(key)
+            if can_build_upon(destination, record, disks):
                 return Parent(record, damaged)
         except ObjectMissing:
             continue  # pruned meanwhile
         except CorruptImage:
-            damaged = damaged or f"{stored.key} is damaged"
+            damaged = damaged or f"{key} is damaged"
     if damaged:
         return Parent(None, f"no point of {group!r} can be built upon: {damaged}")
     return Parent(None, f"no point of {group!r} has this disk")
 
 
-def _named(vault: Vault, group: str, disks: Sequence[str], text: str) -> PointRecord:
-    records, damaged = vault.points(group)
+def _named(destination: Destination, group: str, disks: Sequence[str], text: str) -> KnownPoint:
+    records, damaged = readable(destination, group)
     found = [record for record in records if matches(record, text)]
     if len(found) != 1:
         what = f"{len(found)} points" if found else "no point"
         why = f"; {len(damaged)} of its points are damaged" if damaged else ""
         raise PointMissing(
-            f"{vault.name}: {what} of {group!r} match --since {text}{why}; `nbdsrv ls` shows them"
+            f"{destination.name}: {what} of {group!r} match --since {text}{why};"
+            " `nbdsrv ls` shows them"
         )
-    can_build_upon(vault, found[0], disks)
+    can_build_upon(destination, found[0], disks)
     return found[0]
 
 
-def matches(record: PointRecord, text: str) -> bool:
+def readable(destination: Destination, group: str) -> tuple[list[KnownPoint], list[str]]:
+    """All points of a group that can be read, and the keys of those that are damaged. Blocking."""
+    records, damaged = [], []
+    for key in destination.stored(group):
+        try:
+            records.append(destination.point(key))
+        except ObjectMissing:
+            continue  # pruned meanwhile
+        except CorruptImage:
+            damaged.append(key)
+    return records, damaged
+
+
+def matches(record: KnownPoint, text: str) -> bool:
     """Is it what ``--since`` calls so: by its id's beginning, or its time's?"""
-    from nbdsrv.repository.native.listing import described
-
-    return record.id.startswith(text.upper()) or described(record).stamp.startswith(text)
+    return record.id.startswith(text.upper()) or stamp_of(record.created).startswith(text)
 
 
-def can_build_upon(vault: Vault, record: PointRecord, disks: Sequence[str]) -> bool:
+def can_build_upon(destination: Destination, record: KnownPoint, disks: Sequence[str]) -> bool:
     """Has it one of the disks? Blocking.
 
     Raises:
-        CorruptImage: it has, and a map of theirs is damaged.
+        CorruptImage: it has, and one of them is damaged.
     """
     there = [disk for disk in record.disks if disk.name in disks]
     for disk in there:
-        vault.root(disk.root)
+        destination.prove(record, disk.name)
     return bool(there)

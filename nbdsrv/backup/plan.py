@@ -26,8 +26,8 @@ from enum import StrEnum
 from nbdsrv.backup.parent import Parent
 from nbdsrv.disk.disk import Disk
 from nbdsrv.export.grammar import Kind, Source
+from nbdsrv.repository.destination import KnownDisk, KnownPoint
 from nbdsrv.repository.native.layout import ulid_of
-from nbdsrv.repository.native.point import DiskRecord, PointRecord
 from nbdsrv.repository.repository import CHANGED_SINCE
 
 __all__ = ["CHANGED_SINCE", "Mode", "Plan", "Tracking", "identity", "plan_disk", "wanted_contexts"]
@@ -84,7 +84,7 @@ class Tracking:
         """What the point remembers."""
         return {"kind": self.kind, "id": self.checkpoint} if self.checkpoint else None
 
-    def began_at(self, record: DiskRecord) -> bool:
+    def began_at(self, record: KnownDisk) -> bool:
         """Is this disk of a point the state that ``since`` was?"""
         return bool(self.since) and record.cbt == {"kind": self.kind, "id": self.since}
 
@@ -100,6 +100,8 @@ def identity(disk: Disk, source: Source | None) -> str | None:
         # Of whatever server: it only counts where one has a context for what changed since it.
         from protocol.uri import parse
 
+        if not disk.facts.get("read_only", True):
+            return None  # an overlay over that point: clients have written to it, or may
         _, at, name = parse(source.location).export.rpartition("@")
         return name if at and ulid_of(name) == name else None
     return None
@@ -171,7 +173,7 @@ def _plan_tracked(name: str, parent: Parent, source: Disk, tracking: Tracking) -
     return Plan(Mode.INCREMENTAL, reason, tracking.context, tracking.cbt)
 
 
-def _doubt_tracked(point: PointRecord, record: DiskRecord, source: Disk, tracking: Tracking) -> str:
+def _doubt_tracked(point: KnownPoint, record: KnownDisk, source: Disk, tracking: Tracking) -> str:
     """Why what the hypervisor tells may not be everything since the parent; "" if it is."""
     if not tracking.since or not tracking.context:
         return tracking.reason or "the hypervisor has no checkpoint that this can build upon"
@@ -186,7 +188,7 @@ def _doubt_tracked(point: PointRecord, record: DiskRecord, source: Disk, trackin
     return ""
 
 
-def _origin(record: DiskRecord) -> str:
+def _origin(record: KnownDisk) -> str:
     """The point of another repository that a disk was made of; "" if it was not."""
     cbt = record.cbt or {}
     return cbt.get("id", "") if cbt.get("kind") == CHANGED_SINCE else ""
@@ -197,10 +199,12 @@ def _provable(parent: Parent, disk: str) -> list[str]:
     record = parent.record.disk(disk) if parent.record else None
     if parent.record is None or record is None:
         return []
-    return [CHANGED_SINCE + point for point in (_origin(record), parent.record.id) if point]
+    # A ULID alone is unique: another tool's ids may well be those of its other repositories too.
+    points = (_origin(record), parent.record.id)
+    return [CHANGED_SINCE + point for point in points if point and ulid_of(point) == point]
 
 
-def _doubt(changed: str, parent: Parent, record: DiskRecord) -> str:
+def _doubt(changed: str, parent: Parent, record: KnownDisk) -> str:
     """Why ``changed`` may not tell everything since the parent; "" if it does."""
     assert parent.record is not None
     if changed.startswith(CHANGED_SINCE):

@@ -18,7 +18,7 @@ from nbdsrv.backup.ranges import changed_ranges
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError, NbdsrvError
-from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.destination import Destination
 
 __all__ = ["Preview", "preview"]
 
@@ -47,11 +47,11 @@ class Preview:
 
 
 async def preview(
-    vaults: Sequence[Vault],
+    destinations: Sequence[Destination],
     workers: Workers,
     order: Order,
     disks: Sequence[SourceDisk],
-    choose: Callable[[Vault], Parent] | None = None,
+    choose: Callable[[Destination], Parent] | None = None,
 ) -> list[Preview]:
     """What ``Backup`` with the same arguments would do.
 
@@ -59,13 +59,13 @@ async def preview(
         DiskError: a source cannot be opened, or no repository can be asked.
     """
     names = [disk.name for disk in disks]
-    chosen = choose or (lambda vault: choose_parent(vault, order.group, names, order.since))
-    found: list[tuple[Vault, Parent | NbdsrvError]] = []
-    for vault in vaults:
+    chosen = choose or (lambda each: choose_parent(each, order.group, names, order.since))
+    found: list[tuple[Destination, Parent | NbdsrvError]] = []
+    for destination in destinations:
         try:
-            found.append((vault, await workers.run(chosen, vault)))
+            found.append((destination, await workers.run(chosen, destination)))
         except NbdsrvError as error:
-            found.append((vault, error))
+            found.append((destination, error))
     parents = [parent for _, parent in found if isinstance(parent, Parent)]
     if not parents:
         raise next(parent for _, parent in found if isinstance(parent, NbdsrvError))
@@ -74,23 +74,28 @@ async def preview(
         for disk in disks:
             contexts = wanted_contexts(order.changed, disk.name, parents)
             source = await stack.enter_async_context(disk.open(contexts))
-            for vault, parent in found:
-                rows.append(await _one(vault, parent, order, disk, source))
+            for destination, parent in found:
+                rows.append(await _one(destination, parent, order, disk, source))
     return rows
 
 
 async def _one(
-    vault: Vault, parent: Parent | NbdsrvError, order: Order, disk: SourceDisk, source: Disk
+    destination: Destination,
+    parent: Parent | NbdsrvError,
+    order: Order,
+    disk: SourceDisk,
+    source: Disk,
 ) -> Preview:
+    name = destination.name
     if isinstance(parent, NbdsrvError):
-        return Preview(vault.name, order.group, disk.name, source.size, "failed", str(parent))
+        return Preview(name, order.group, disk.name, source.size, "failed", str(parent))
     point = identity(source, disk.source)
     plan = plan_disk(disk.name, parent, source, order.changed, point, disk.tracking)
     mode, reason, changed = plan.mode, plan.reason, None
     if mode is Mode.INCREMENTAL:
         try:
-            ranges = await changed_ranges(source, plan.context, vault.config.chunk_size)
+            ranges = await changed_ranges(source, plan.context, destination.granularity)
             changed = ranges.bytes
         except DiskError as error:
             mode, reason = Mode.SCAN, f"what changed cannot be read: {error}"
-    return Preview(vault.name, order.group, disk.name, source.size, str(mode), reason, changed)
+    return Preview(name, order.group, disk.name, source.size, str(mode), reason, changed)

@@ -17,10 +17,8 @@ from nbdsrv.backup.plan import Mode, Plan
 from nbdsrv.backup.ranges import whole
 from nbdsrv.backup.report import DiskReport
 from nbdsrv.copying.survey import DataMap
-from nbdsrv.repository.native.disk_writer import NativeDiskWriter
-from nbdsrv.repository.native.point import PointRecord
-from nbdsrv.repository.native.vault import Vault
-from nbdsrv.repository.native.writer import NativePointWriter
+from nbdsrv.repository.destination import Destination
+from nbdsrv.repository.repository import DiskWriter, Point, PointWriter
 
 __all__ = ["Part", "Target"]
 
@@ -29,21 +27,21 @@ class Target(FailsAlone):
     """One repository.
 
     Attributes:
-        vault: it.
+        destination: it.
         parent: the point that is built upon.
         writer: of the new point, once it is begun.
         parts: the disks, in their order.
         failure: why there will be no point, or None.
-        record: the point, once it is committed.
+        point: it, once it is committed.
     """
 
-    def __init__(self, vault: Vault) -> None:
+    def __init__(self, destination: Destination) -> None:
         super().__init__()
-        self.vault = vault
+        self.destination = destination
         self.parent = Parent(None)
-        self.writer: NativePointWriter | None = None
+        self.writer: PointWriter | None = None
         self.parts: list[Part] = []
-        self.record: PointRecord | None = None
+        self.point: Point | None = None
 
     async def abort(self) -> None:
         """Nothing more is stored; nothing after a commit."""
@@ -67,7 +65,7 @@ class Part:
     """
 
     def __init__(
-        self, target: Target, writer: NativeDiskWriter, plan: Plan, told: DataMap, branch: Branch
+        self, target: Target, writer: DiskWriter, plan: Plan, told: DataMap, branch: Branch
     ) -> None:
         self.target = target
         self.writer = writer
@@ -121,7 +119,7 @@ class Part:
         """What has been done; after the commit."""
         summary, plan = self.writer.summary, self.plan
         return DiskReport(
-            repository=self.target.vault.name,
+            repository=self.target.destination.name,
             group=group,
             disk=self.writer.name,
             point=point,

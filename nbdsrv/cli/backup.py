@@ -6,7 +6,7 @@ import click
 
 from nbdsrv.cli.backup_print import print_outcome
 from nbdsrv.cli.init import repository_source
-from nbdsrv.cli.point_options import point_options
+from nbdsrv.cli.point_options import point_options, storage_of
 from nbdsrv.cli.quantities import parse_rate
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
@@ -58,6 +58,8 @@ def backup(
     changed: str,
     recheck: float,
     level: int,
+    layout: str | None,
+    packing: str | None,
     rate: str | None,
     jobs: int,
     connections: int | None,
@@ -95,10 +97,12 @@ def backup(
         level=level,
         labels=dict(_pair("--label", text) for text in labels),
     )
+    targets = [repository_source(text, "--to", written=True) for text in repositories]
     job = Job(
         disks=disks,
         machines=_vms(machines),
-        repositories=[repository_source(text, "--to") for text in repositories],
+        repositories=targets,
+        storage=storage_of(layout, packing, targets),
         order=order,
         rate=parse_rate("--rate", rate) if rate else None,
         jobs=jobs,

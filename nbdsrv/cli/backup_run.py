@@ -26,14 +26,15 @@ from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.errors import ConfigError, DiskError, NbdsrvError
 from nbdsrv.export.grammar import Kind, Source
+from nbdsrv.ops.jobs import registered
 
 if TYPE_CHECKING:
     from nbdsrv.disk.disk import Disk
     from nbdsrv.disk.workers import Workers
-    from nbdsrv.repository.native.vault import Vault
+    from nbdsrv.repository.destination import Destination, Storage
     from nbdsrv.source.opening import Machine
 
-__all__ = ["Job", "Outcome", "back_up", "opened_vaults"]
+__all__ = ["Job", "Outcome", "back_up", "opened_destinations"]
 
 FAILED = 1
 DEGRADED = 3
@@ -47,6 +48,7 @@ class Job:
         disks: of one VM, by name; or none, and:
         machines: running VMs, each as the SOURCEs that name its disks.
         repositories: to be filled.
+        storage: how repositories of other tools store it.
         order: as for ``Backup``; for VMs without a group, unless it was given.
         rate: bytes a second, or None.
         jobs: VMs at once.
@@ -56,6 +58,7 @@ class Job:
     disks: dict[str, Source]
     machines: Sequence[Sequence[Source]]
     repositories: Sequence[Source]
+    storage: "Storage"
     order: Order
     rate: int | None
     jobs: int
@@ -108,13 +111,17 @@ async def back_up(job: Job) -> Outcome:
 async def _back_up(job: Job) -> Outcome:
     async with running_workers() as workers:
         with ExitStack() as stack:
-            opened, failed = opened_vaults(job.repositories, stack)
-            with progress(_title(job), quiet=job.quiet) as advance:
-                vaults = [vault for vault, _ in opened]
+            opened, failed = opened_destinations(job.repositories, stack, job.storage)
+            with (
+                registered(_title(job)) as registration,
+                progress(_title(job), quiet=job.quiet) as shown,
+            ):
+                advance = registration.also(shown)
+                destinations = [destination for destination, _ in opened]
                 work = _live if job.machines else _still
-                outcome = await work(job, vaults, workers, advance)
+                outcome = await work(job, destinations, workers, advance)
     # As the user named them: what is printed can be used again.
-    texts = {vault.name: source.text for vault, source in opened}
+    texts = {destination.name: source.text for destination, source in opened}
     report = outcome.report
     report.disks = [dataclasses.replace(d, repository=texts[d.repository]) for d in report.disks]
     report.failed = [dataclasses.replace(f, repository=texts[f.repository]) for f in report.failed]
@@ -132,27 +139,27 @@ def _title(job: Job) -> str:
 # --- repositories ---------------------------------------------------------------------------------
 
 
-def opened_vaults(
-    sources: Sequence[Source], stack: ExitStack
-) -> "tuple[list[tuple[Vault, Source]], list[Failed]]":
+def opened_destinations(
+    sources: Sequence[Source], stack: ExitStack, storage: "Storage"
+) -> "tuple[list[tuple[Destination, Source]], list[Failed]]":
     """Those that can be opened, if any; one that is away does not keep the others from theirs.
 
     Blocking: nothing else runs yet.
     """
-    from nbdsrv.repository.opening import open_vault
+    from nbdsrv.repository.opening import open_destination
 
-    opened: list[tuple[Vault, Source]] = []
+    opened: list[tuple[Destination, Source]] = []
     failed: list[Failed] = []
     for source in sources:
         try:
-            vault = open_vault(source)
+            destination = open_destination(source, storage)
         except DiskError as error:
             failed.append(Failed(source.text, error))
             continue
-        stack.callback(vault.close)
-        if any(vault.repository == other.repository for other, _ in opened):
-            raise ConfigError(f"{vault.name}: --to names this repository twice")
-        opened.append((vault, source))
+        stack.callback(destination.close)
+        if any(destination.place == other.place for other, _ in opened):
+            raise ConfigError(f"{destination.name}: --to names this repository twice")
+        opened.append((destination, source))
     if not opened:
         raise failed[0].error
     return opened, failed
@@ -162,15 +169,15 @@ def opened_vaults(
 
 
 async def _still(
-    job: Job, vaults: "Sequence[Vault]", workers: "Workers", advance: Advance | None
+    job: Job, targets: "Sequence[Destination]", workers: "Workers", advance: Advance | None
 ) -> Outcome:
     disks = [
         SourceDisk(name, partial(_opened, source, workers, job.budget), source)
         for name, source in job.disks.items()
     ]
     if job.dry_run:
-        return Outcome(previews=await preview(vaults, workers, job.order, disks))
-    work = Backup(vaults, workers, job.order, rate=_rate(job), advance=advance)
+        return Outcome(previews=await preview(targets, workers, job.order, disks))
+    work = Backup(targets, workers, job.order, rate=_rate(job), advance=advance)
     return Outcome(report=await work.run(disks))
 
 
@@ -205,13 +212,13 @@ def _rate(job: Job) -> Rate | None:
 
 
 async def _live(
-    job: Job, vaults: "Sequence[Vault]", workers: "Workers", advance: Advance | None
+    job: Job, targets: "Sequence[Destination]", workers: "Workers", advance: Advance | None
 ) -> Outcome:
     from nbdsrv.source.opening import open_hypervisor
 
     machines = [open_hypervisor(sources, workers) for sources in job.machines]
     work = LiveBackup(
-        vaults, workers, job.order, rate=_rate(job), budget=job.budget, dry_run=job.dry_run
+        targets, workers, job.order, rate=_rate(job), budget=job.budget, dry_run=job.dry_run
     )
     together = Together(advance) if advance is not None else None
 

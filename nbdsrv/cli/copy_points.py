@@ -15,15 +15,15 @@ from nbdsrv.cli.words import human
 from nbdsrv.copying.progress import progress
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, CorruptImage
-from nbdsrv.export.grammar import Source, parse_source
+from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.transfer import Transfer, Transferred
 from nbdsrv.repository.opening import NATIVE, open_vault
 from nbdsrv.repository.passphrase import passphrase_of
-from nbdsrv.repository.repository import Point
+from nbdsrv.repository.repository import Point, Repository
 from nbdsrv.repository.selector import LATEST, latest_with, scope_of
 
-__all__ = ["copy_points"]
+__all__ = ["chosen_points", "copy_points", "open_native", "target_passphrase"]
 
 TARGET_VARIABLE = "NBDSRV_TARGET_PASSPHRASE"
 INCOMPLETE = 3
@@ -35,6 +35,11 @@ def copy_points(source: str, target: str, *, as_json: bool, quiet: bool) -> None
     from_, to = _repository(source), _repository(target)
     if to.selector:
         raise ConfigError(f"{target}: points keep their names; leave out #{to.selector}")
+    if from_.scheme not in NATIVE:
+        from nbdsrv.cli.migrate_points import migrate_points
+
+        migrate_points(from_, to, as_json=as_json, quiet=quiet)
+        return
     began = time.monotonic()
     done, damaged = uvloop.run(_interruptible(from_, to, quiet=quiet))
     duration = round(time.monotonic() - began, 3)
@@ -58,7 +63,7 @@ def copy_points(source: str, target: str, *, as_json: bool, quiet: bool) -> None
 
 def _repository(text: str) -> Source:
     source = parse_source(text)
-    if source.scheme not in NATIVE or source.partition is not None:
+    if source.kind is not Kind.REPOSITORY or source.partition is not None:
         raise ConfigError(
             f"{text}: copy takes whole points from one repository to another;"
             " `nbdsrv backup` makes a point of a disk"
@@ -76,7 +81,7 @@ def _line(done: Transferred) -> str:
     )
 
 
-def _target_passphrase() -> str:
+def target_passphrase() -> str:
     """The target's own, or the one that is for both."""
     try:
         return passphrase_of(variable=TARGET_VARIABLE)
@@ -98,9 +103,9 @@ async def _interruptible(source: Source, target: Source, *, quiet: bool) -> _Out
 
 async def _copy(source: Source, target: Source, *, quiet: bool) -> _Outcome:
     async with running_workers() as workers:
-        from_ = await _opened(source, workers, passphrase_of)
+        from_ = await open_native(source, workers, passphrase_of)
         try:
-            to = await _opened(target, workers, _target_passphrase)
+            to = await open_native(target, workers, target_passphrase)
             try:
                 return await _copy_all(from_, to, source.selector, quiet=quiet)
             finally:
@@ -109,7 +114,7 @@ async def _copy(source: Source, target: Source, *, quiet: bool) -> _Outcome:
             await from_.close()
 
 
-async def _opened(
+async def open_native(
     source: Source, workers: Workers, passphrase: Callable[[], str]
 ) -> NativeRepository:
     vault = await workers.look_up(open_vault, source, passphrase)
@@ -119,7 +124,7 @@ async def _opened(
 async def _copy_all(
     source: NativeRepository, target: NativeRepository, selector: str, *, quiet: bool
 ) -> _Outcome:
-    points, disk = await _chosen(source, selector)
+    points, disk = await chosen_points(source, selector)
     done: list[Transferred] = []
     damaged: list[str] = []
     with progress(selector or source.name, quiet=quiet) as advance:
@@ -143,7 +148,7 @@ async def _copy_all(
     return done, damaged
 
 
-async def _chosen(source: NativeRepository, selector: str) -> tuple[Sequence[Point], str | None]:
+async def chosen_points(source: Repository, selector: str) -> tuple[Sequence[Point], str | None]:
     """The points to copy, from old to new in each group, and the only disk of them or None."""
     scope = await scope_of(source, selector)
     points = list(scope.points)

@@ -10,17 +10,23 @@ from nbdsrv.export.grammar import Kind, Source, parse_source
 __all__ = ["init", "repository_source"]
 
 
-def repository_source(text: str, what: str) -> Source:
-    """A whole native repository; ``what`` takes it, for the message.
+def repository_source(text: str, what: str, *, written: bool = False) -> Source:
+    """A whole repository; ``what`` takes it, for the message.
+
+    Args:
+        text: as it was given.
+        what: command or option.
+        written: is any good that backups go to? Otherwise only one of ours.
 
     Raises:
         ConfigError: it is none.
     """
-    from nbdsrv.repository.opening import NATIVE
+    from nbdsrv.repository.opening import NATIVE, WRITTEN
 
     source = parse_source(text)
-    if source.kind is not Kind.REPOSITORY or source.scheme not in NATIVE:
-        hint = "repo:/path or repo+s3://bucket/prefix"
+    schemes = WRITTEN if written else NATIVE
+    if source.kind is not Kind.REPOSITORY or source.scheme not in schemes:
+        hint = "repo:/path or repo+s3://bucket/prefix" + (" or xo:/path" if written else "")
         raise ConfigError(f"{text}: {what} takes a repository: {hint}")
     if source.selector or source.partition is not None:
         raise ConfigError(f"{text}: {what} takes a whole repository; leave out what follows it")

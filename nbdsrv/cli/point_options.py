@@ -1,11 +1,15 @@
 """The options of every command that makes a restore point: ``backup`` and ``proxy --tee``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["point_options"]
+from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import Source
+from nbdsrv.repository.destination import Storage
+
+__all__ = ["point_options", "storage_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +48,17 @@ def point_options(when: str = "") -> Callable[[F], F]:
             help=f"{when}Of zstd; 0 stores as it is.",
         ),
         click.option(
+            "--layout",
+            type=click.Choice(["vhd-directory", "vhd"]),
+            help=f"{when}How an xo: repository gets disks: a file a block, or one file."
+            "  [default: as it has them, vhd-directory where it has none]",
+        ),
+        click.option(
+            "--packing",
+            type=click.Choice(["brotli", "gzip", "none"]),
+            help=f"{when}Of a vhd-directory's blocks.  [default: brotli]",
+        ),
+        click.option(
             "--label", "labels", multiple=True, metavar="KEY=VALUE", help=f"{when}Of the point."
         ),
     )
@@ -54,3 +69,17 @@ def point_options(when: str = "") -> Callable[[F], F]:
         return command
 
     return give
+
+
+def storage_of(layout: str | None, packing: str | None, repositories: Sequence[Source]) -> Storage:
+    """What ``--layout`` and ``--packing`` ask for.
+
+    Raises:
+        ConfigError: there is no repository they could be for.
+    """
+    given = f"--layout {layout}" if layout else f"--packing {packing}"
+    if (layout or packing) and not any(each.scheme == "xo" for each in repositories):
+        raise ConfigError(f"{given}: only xo: repositories leave that choice")
+    if layout == "vhd" and packing:
+        raise ConfigError(f"--packing {packing}: the blocks of a VHD in one file are not packed")
+    return Storage(layout or "", packing or "")

@@ -80,7 +80,9 @@ def _print_table(points: Sequence[Point]) -> None:
 def _cells(point: Point) -> tuple[str, ...]:
     disks = ", ".join(f"{_line(disk.name)} {human(disk.size)}" for disk in point.disks)
     modes = dict.fromkeys(str(disk.facts.get("mode", "")) for disk in point.disks)
-    new = sum(int(disk.facts.get("new_bytes", 0)) for disk in point.disks)
+    # Some tools count a point as a whole.
+    whole = int(point.facts.get("new_bytes") or 0)
+    new = sum(int(disk.facts.get("new_bytes") or 0) for disk in point.disks) or whole
     return (
         _line(point.group),
         point.id,

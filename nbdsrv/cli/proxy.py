@@ -9,7 +9,7 @@ import uvloop
 from nbdsrv.backup.engine import Order
 from nbdsrv.cli.backup_print import print_outcome
 from nbdsrv.cli.init import repository_source
-from nbdsrv.cli.point_options import point_options
+from nbdsrv.cli.point_options import point_options, storage_of
 from nbdsrv.cli.proxy_run import Passing, pass_on, tee_off
 from nbdsrv.cli.serving import STDIO, Serving, server_options
 from nbdsrv.errors import ConfigError
@@ -65,7 +65,9 @@ def proxy(verbose: int, *, as_json: bool, **options: Any) -> int:
     sources, exports = options.pop("sources"), options.pop("exports")
     machine = _machine(sources, exports)
     disks = {} if machine else _disks(sources, exports)
-    repositories = [repository_source(text, "--tee") for text in options.pop("repositories")]
+    teed = options.pop("repositories")
+    repositories = [repository_source(text, "--tee", written=True) for text in teed]
+    storage = storage_of(options.pop("layout"), options.pop("packing"), repositories)
     order = _order({name: options.pop(name) for name in _BACKUP}, disks, teed=bool(repositories))
     passing = Passing(disks, serving, machine=machine, **options)
     set_up(verbose)
@@ -76,7 +78,7 @@ def proxy(verbose: int, *, as_json: bool, **options: Any) -> int:
         return 0
     if passing.write:
         raise ConfigError("--write and --tee: what is backed up must not change")
-    outcome = uvloop.run(tee_off(passing, repositories, order))
+    outcome = uvloop.run(tee_off(passing, repositories, order, storage))
     print_outcome(outcome, as_json=as_json, quiet=False)
     return outcome.code
 

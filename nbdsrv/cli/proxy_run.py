@@ -23,7 +23,7 @@ from typing import Any
 from nbdsrv.backup.engine import Backup, Order, SourceDisk
 from nbdsrv.backup.live import LiveBackup, LiveReport
 from nbdsrv.backup.tee import Tee
-from nbdsrv.cli.backup_run import Outcome, opened_vaults
+from nbdsrv.cli.backup_run import Outcome, opened_destinations
 from nbdsrv.cli.running import delivering, running_workers
 from nbdsrv.cli.serving import (
     Serving,
@@ -43,6 +43,7 @@ from nbdsrv.export.opener import open_source
 from nbdsrv.net.listener import Listener
 from nbdsrv.net.server import Server
 from nbdsrv.ops.notify import notify
+from nbdsrv.repository.destination import Storage
 from nbdsrv.source.nbd import open_nbd
 from nbdsrv.source.nbd_contexts import offered_contexts
 from nbdsrv.source.opening import open_hypervisor
@@ -96,7 +97,9 @@ async def pass_on(passing: Passing) -> None:
     ignore_signals()
 
 
-async def tee_off(passing: Passing, repositories: Sequence[Source], order: Order) -> Outcome:
+async def tee_off(
+    passing: Passing, repositories: Sequence[Source], order: Order, storage: Storage
+) -> Outcome:
     """Serve until told to stop, then make a restore point of what is served.
 
     Raises:
@@ -105,7 +108,7 @@ async def tee_off(passing: Passing, repositories: Sequence[Source], order: Order
     prepare_process(passing.serving)
     stop = _Signals(asyncio.current_task())
     try:
-        return await _tee_off(passing, repositories, order, stop)
+        return await _tee_off(passing, repositories, order, storage, stop)
     except asyncio.CancelledError:
         if stop.number is None:
             raise
@@ -115,14 +118,18 @@ async def tee_off(passing: Passing, repositories: Sequence[Source], order: Order
 
 
 async def _tee_off(
-    passing: Passing, repositories: Sequence[Source], order: Order, stop: "_Signals"
+    passing: Passing,
+    repositories: Sequence[Source],
+    order: Order,
+    storage: Storage,
+    stop: "_Signals",
 ) -> Outcome:
     workers = Workers()
     async with running_workers() as storing:
         with ExitStack() as stack:
             listeners = open_listeners(passing.serving)
             stack.enter_context(_closing(listeners))
-            opened, failed = opened_vaults(repositories, stack)
+            opened, failed = opened_destinations(repositories, stack, storage)
             outside = stack.enter_context(ExitStack())
             outside.enter_context(delivering(workers))
             front = _Front(passing, workers, listeners)
@@ -136,9 +143,9 @@ async def _tee_off(
                 await front.serve(stop)
                 outside.enter_context(delivering(workers))
 
-            vaults = [vault for vault, _ in opened]
+            targets = [destination for destination, _ in opened]
             if passing.machine:
-                live = LiveBackup(vaults, storing, order)
+                live = LiveBackup(targets, storing, order)
                 machine = open_hypervisor(passing.machine, storing)
                 done = await live.run(machine, meanwhile=meanwhile)
             else:
@@ -146,12 +153,12 @@ async def _tee_off(
                     SourceDisk(name, partial(_opened, source, workers, passing), source)
                     for name, source in passing.disks.items()
                 ]
-                work = Backup(vaults, storing, order)
+                work = Backup(targets, storing, order)
                 done = LiveReport(order.group, await work.run(disks, meanwhile))
     workers.close()
     report = done.report
     # As the user named them: what is printed can be used again.
-    texts = {vault.name: source.text for vault, source in opened}
+    texts = {destination.name: source.text for destination, source in opened}
     report.disks = [dataclasses.replace(d, repository=texts[d.repository]) for d in report.disks]
     report.failed = [dataclasses.replace(f, repository=texts[f.repository]) for f in report.failed]
     report.failed += failed

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, UnsupportedImage
 from nbdsrv.export.grammar import Source
+from nbdsrv.repository.destination import Destination, Storage
 from nbdsrv.repository.native.spans import SpanStore
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.passphrase import passphrase_of
@@ -15,7 +16,9 @@ from nbdsrv.store.tree import Tree
 
 __all__ = [
     "NATIVE",
+    "WRITTEN",
     "is_repository",
+    "open_destination",
     "open_keyless",
     "open_repository",
     "open_tree",
@@ -23,6 +26,8 @@ __all__ = [
 ]
 
 NATIVE = frozenset({"repo", "repo+s3"})
+WRITTEN = NATIVE | {"xo"}
+"""What backups go to."""
 S3 = "+s3"
 
 
@@ -49,6 +54,31 @@ def open_vault(source: Source, passphrase: Callable[[], str] = passphrase_of) ->
     except BaseException:
         store.close()
         raise
+
+
+def open_destination(
+    source: Source, storage: Storage, passphrase: Callable[[], str] = passphrase_of
+) -> Destination:
+    """A repository that backups go to. Blocking.
+
+    Args:
+        source: names it.
+        storage: how another tool's stores disks.
+        passphrase: called if it is encrypted.
+
+    Raises:
+        ConfigError: no such place can be, a passphrase is wanted, or ``storage`` cannot be there.
+        DiskError: it cannot be opened; ``UnsupportedImage`` for one that is only read.
+    """
+    if source.scheme in NATIVE:
+        from nbdsrv.repository.native.destination import NativeDestination
+
+        return NativeDestination(open_vault(source, passphrase))
+    if source.scheme == "xo":
+        from nbdsrv.repository.xo.writer_destination import open_xo_destination
+
+        return open_xo_destination(source, storage, passphrase)
+    raise UnsupportedImage(f"{source.text}: repositories of this kind are only read")
 
 
 def open_keyless(source: Source) -> Vault:

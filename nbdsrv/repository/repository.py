@@ -13,11 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.damage import Check
+
+if TYPE_CHECKING:
+    from nbdsrv.copying.survey import DataMap
 
 __all__ = [
     "CHANGED_SINCE",
@@ -28,6 +31,7 @@ __all__ = [
     "PointWriter",
     "Repository",
     "WriteSummary",
+    "stamp_of",
 ]
 
 LEVELS = ("structure", "packs", "chunks")
@@ -46,11 +50,13 @@ class DiskFacts:
         name: unique in the point.
         size: bytes.
         facts: what else is known: JSON values under snake_case names.
+        aliases: what it may be called as well: a device, an id.
     """
 
     name: str
     size: int
     facts: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +84,20 @@ class Point:
     @property
     def stamp(self) -> str:
         """``created`` in UTC, to the second: what a timestamp prefix is matched with."""
-        return datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return stamp_of(self.created)
 
     def disk(self, name: str) -> DiskFacts | None:
-        """The disk of that name."""
-        return next((disk for disk in self.disks if disk.name == name), None)
+        """The disk of that name; else the only one that is also called so."""
+        for disk in self.disks:
+            if disk.name == name:
+                return disk
+        called = [disk for disk in self.disks if name in disk.aliases]
+        return called[0] if len(called) == 1 else None
+
+
+def stamp_of(created: float) -> str:
+    """Seconds since 1970 as ``Point.stamp``."""
+    return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Repository(ABC):
@@ -91,14 +106,18 @@ class Repository(ABC):
     Attributes:
         name: for messages.
         kind: the scheme it is opened by: ``repo``, ``xo`` ...
+        identity: what stays when it is moved, where its tool gives it an id; else "".
     """
 
     name: str
     kind: str
+    identity: str = ""
 
     @abstractmethod
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """All points, or those of one group; by group, then from old to new.
+
+        ``group`` may be another name the group goes by, such as the VM's id.
 
         A damaged one is listed with the flag ``damaged`` and no disks.
 
@@ -192,12 +211,15 @@ class DiskWriter(ABC):
         size: bytes.
         granularity: bytes.
         summary: so far.
+        facts: what the point will say of it: ``mode``, ``reason``, ``cbt``, ``read_bytes``,
+            ``rechecked_bytes``; may be changed until it is committed.
     """
 
     name: str
     size: int
     granularity: int
     summary: WriteSummary
+    facts: dict[str, Any]
 
     @abstractmethod
     async def data(self, offset: int, buffer: bytearray, length: int) -> None:
@@ -212,6 +234,30 @@ class DiskWriter(ABC):
     @abstractmethod
     async def zero(self, offset: int, length: int) -> None:
         """The range reads as zeroes now, whatever the parent has there."""
+
+    async def wanted(self) -> list[tuple[int, int]]:
+        """(offset, length) of what must be told although nothing says that it has changed.
+
+        Ask again until there is nothing left: without it nothing can be committed.
+        """
+        return []
+
+    async def sample(self, percent: float, changed: "DataMap") -> list[tuple[int, int]]:
+        """(offset, length) of a random choice of chunks: data in the parent, not in ``changed``.
+
+        So many percent of them, but at least one if there is one.
+        """
+        del percent, changed
+        return []
+
+    async def recheck(self, offset: int, buffer: bytearray, length: int) -> int:
+        """Bytes of chunks that are not as in the parent. Tells the point nothing.
+
+        Raises:
+            DiskError: the parent cannot be read.
+        """
+        del offset, buffer, length
+        return 0
 
 
 class PointWriter(ABC):

@@ -32,7 +32,7 @@ class Scope:
 
     Attributes:
         group: the VM.
-        disk: the disk's name.
+        disk: the disk's name, or another it goes by.
         points: the points it may mean, from old to new; those of the group if none is said.
         said: does the selector say a point?
     """
@@ -75,7 +75,7 @@ async def select(repository: Repository, selector: str) -> Selected:
     if len(scope.points) > 1:
         raise _several(repository, selector, "points", [_shown(each) for each in scope.points])
     (point,) = scope.points
-    return Selected(point, scope.disk or _only_disk(repository, selector, point))
+    return Selected(point, _disk_of(repository, selector, scope, point))
 
 
 async def scope_of(repository: Repository, selector: str) -> Scope:
@@ -111,7 +111,20 @@ async def scope_of(repository: Repository, selector: str) -> Scope:
     for reading in readings:
         if reading.group is None and (scope := _fitting(reading, every)):
             return scope
+    for reading in readings:
+        _refuse_lost(repository, reading, every)
     raise _missing(repository, selector, groups, every)
+
+
+def _refuse_lost(repository: Repository, reading: _Reading, every: Sequence[Point]) -> None:
+    """Raises RepositoryError if the disk is not listed because it, or its point, is damaged."""
+    if reading.disk is None or reading.point in {None, LATEST}:
+        return
+    for point in _named(reading.point or "", every):
+        if reading.group in {None, point.group} and _lost(point, reading.disk):
+            reason = point.facts.get("reason", "it cannot be read")
+            text = f"{repository.name}: {reading.disk!r} at point {point.id} is damaged: {reason}"
+            raise RepositoryError(text)
 
 
 def _readings(selector: str) -> list[_Reading]:
@@ -151,18 +164,22 @@ def _fitting(reading: _Reading, points: Sequence[Point]) -> Scope | None:
         if not having:
             return None
         # Without a point the damaged ones are kept: the latest may be among them.
-        fitting = having if said else [each for each in fitting if each in having or _bad(each)]
+        lost = [each for each in fitting if _lost(each, reading.disk)]
+        fitting = having if said else [each for each in fitting if each in having or each in lost]
     if not fitting:
         return None
     if reading.group is None and reading.disk is not None and not said:
-        having_groups = {each.group for each in fitting if not _bad(each)}
+        having_groups = {each.group for each in having}
         fitting = [each for each in fitting if each.group in having_groups]
-    return Scope(reading.group, reading.disk, tuple(fitting), said)
+    # By its own name: it may have been selected by another, such as an id.
+    group = reading.group and fitting[0].group
+    return Scope(group, reading.disk, tuple(fitting), said)
 
 
 def _named(text: str, points: Sequence[Point]) -> list[Point]:
-    """The points an id, the beginning of one, or of a time stands for."""
+    """The points an id, a snapshot's name, the beginning of an id, or of a time stands for."""
     exact = [each for each in points if each.id == text]
+    exact = exact or [each for each in points if each.facts.get("snapshot") == text]
     if exact:
         return exact
     folded = text.upper()
@@ -181,7 +198,7 @@ def latest_with(points: Sequence[Point], disk: str | None) -> Point | None:
         disk: None for any point.
     """
     for point in reversed(points):
-        if disk is None or _bad(point) or point.disk(disk) is not None:
+        if disk is None or _lost(point, disk) or point.disk(disk) is not None:
             return point
     return None
 
@@ -189,14 +206,30 @@ def latest_with(points: Sequence[Point], disk: str | None) -> Point | None:
 def _latest(repository: Repository, selector: str, scope: Scope) -> Selected:
     point = latest_with(scope.points, scope.disk)
     assert point is not None
-    if _bad(point):
+    if _lost(point, scope.disk):
         text = f"{repository.name}: the latest point of {point.group!r}, {point.id}, is damaged"
         raise RepositoryError(f"{text}; name an older one with @POINT, `nbdsrv ls` shows them")
-    return Selected(point, scope.disk or _only_disk(repository, selector, point))
+    return Selected(point, _disk_of(repository, selector, scope, point))
+
+
+def _disk_of(repository: Repository, selector: str, scope: Scope, point: Point) -> str:
+    """The disk by its name, whatever the selector calls it."""
+    if scope.disk is None:
+        return _only_disk(repository, selector, point)
+    found = point.disk(scope.disk)
+    return found.name if found is not None else scope.disk
 
 
 def _bad(point: Point) -> bool:
     return "damaged" in point.flags
+
+
+def _lost(point: Point, disk: str | None) -> bool:
+    """Is it damaged, or is that disk of it, which it then does not list?"""
+    if _bad(point):
+        return True
+    partly = "partial" in point.flags and "reason" in point.facts
+    return disk is not None and partly and point.disk(disk) is None
 
 
 def _only_disk(repository: Repository, selector: str, point: Point) -> str:

@@ -111,6 +111,7 @@ class NbdDisk(Disk):
             "description": terms.description or "",
             "dialect": terms.dialect.name.lower(),
             "tls": terms.tls,
+            "read_only": bool(terms.flags & TransmissionFlag.READ_ONLY),
             "connections": self._links.count,
         }
 

@@ -17,7 +17,7 @@ from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
-from tests.backup.tracked import BITMAP, Guest, TrackedDisk, back_up
+from tests.backup.tracked import BITMAP, Guest, TrackedDisk, back_up, destinations
 from tests.repository.native.read_back import KIB, MIB, fresh_vault, listed, noise, read_back
 
 CHUNK = 64 * KIB
@@ -34,7 +34,7 @@ async def test_holes_are_never_read_and_the_rest_once(workers: Workers) -> None:
 
     vaults = [fresh_vault(chunk=CHUNK), fresh_vault(chunk=4 * MIB), fresh_vault(chunk=256 * KIB)]
     seen: list[tuple[int, int]] = []
-    work = Backup(vaults, workers, Order("vm"), advance=lambda *a: seen.append(a))
+    work = Backup(destinations(vaults), workers, Order("vm"), advance=lambda *a: seen.append(a))
     report = await work.run([SourceDisk("disk", opened)])
     assert sum(length for _, length in source.reads) == 8 * MIB - MIB  # rounded to 4 MiB
     for vault in vaults:
@@ -196,7 +196,7 @@ async def test_points_of_another_repository_tell_what_changed(workers: Workers) 
                 await disk.close()
 
         source = SourceDisk("disk", opened, parse_source(text))
-        work = Backup([here], workers, Order("vm", changed=changed, recheck=0))
+        work = Backup(destinations([here]), workers, Order("vm", changed=changed, recheck=0))
         (disk,) = (await work.run([source])).disks
         return disk.mode, disk.reason, disk.read_bytes
 
@@ -221,7 +221,7 @@ async def test_a_rate_is_kept(workers: Workers) -> None:
     async def opened(_: Sequence[str]) -> AsyncIterator[Disk]:
         yield TrackedDisk(workers, guest)
 
-    work = Backup([vault], workers, Order("vm"), rate=Rate(10 * MIB))
+    work = Backup(destinations([vault]), workers, Order("vm"), rate=Rate(10 * MIB))
     (disk,) = (await work.run([SourceDisk("disk", opened)])).disks
     assert 0.2 < disk.duration_s < 5
 

@@ -24,6 +24,7 @@ from nbdsrv.export.grammar import parse_source
 from nbdsrv.export.opener import open_source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.repository.native.config import RepositoryConfig
+from nbdsrv.repository.native.destination import NativeDestination
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.directory import DirectoryStore
@@ -62,7 +63,7 @@ async def stored(vault: Vault, workers: Workers, text: str) -> None:
         finally:
             await disk.close()
 
-    await Backup([vault], workers, Order("vm")).run([SourceDisk("disk", opened)])
+    await Backup([NativeDestination(vault)], workers, Order("vm")).run([SourceDisk("disk", opened)])
 
 
 def directory_vault(path: Path) -> Vault:

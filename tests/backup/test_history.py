@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nbdsrv.backup.engine import Order
 from nbdsrv.backup.plan import Mode
 from nbdsrv.repository.native.entry import ENTRY_SIZE
-from nbdsrv.repository.native.frames import table_size
+from nbdsrv.repository.native.frames import frame_count
 from nbdsrv.repository.native.vault import Vault
 from tests.backup.tracked import BITMAP, Guest, back_up
 from tests.disk.threads import running_workers
@@ -90,7 +90,7 @@ async def test_accounts_add_up(seed: int) -> None:
             new = len(guest.content) - (
                 disk.duplicate_bytes + disk.zero_bytes + disk.unchanged_bytes
             )
-            assert new <= disk.new_bytes <= new + chunks * (ENTRY_SIZE + table_size(CHUNK))
+            assert new <= disk.new_bytes <= new + chunks * (ENTRY_SIZE + 18 * frame_count(CHUNK))
             guest.backed_up()
             guest.write(dice.randrange(MIB), dice.randbytes(3 * CHUNK))
             guest.discard(dice.randrange(MIB), 2 * CHUNK)

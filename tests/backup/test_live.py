@@ -18,6 +18,7 @@ from nbdsrv.backup.live import LiveBackup, LiveReport
 from nbdsrv.backup.several import Together, for_each
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError, NbdsrvError, PointMissing
+from nbdsrv.repository.native.destination import NativeDestination
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.source.hypervisor import SourceError
 from nbdsrv.source.moment import Moment
@@ -26,6 +27,7 @@ from nbdsrv.store.faulty import Crash, Crashed, Failure, FaultyStore, calls
 from nbdsrv.store.faulty import Moment as When
 from nbdsrv.store.memory import MemoryStore
 from tests.backup.machine import BLOCK, STEPS, Killed, TrackedVm, as_machine
+from tests.backup.tracked import destinations
 from tests.repository.native.read_back import KIB, MIB, fresh_vault, listed, noise, read_back
 
 CHUNK = 64 * KIB
@@ -61,7 +63,7 @@ async def back_up(
     dry_run: bool = False,
     disks: Sequence[str] = (),
 ) -> LiveReport:
-    work = LiveBackup(vaults, workers, order or Order(""), dry_run=dry_run)
+    work = LiveBackup(destinations(vaults), workers, order or Order(""), dry_run=dry_run)
     return await work.run(as_machine(vm, disks))
 
 
@@ -405,7 +407,7 @@ async def test_several_vms_each_for_itself(workers: Workers) -> None:
     under_way, most = 0, 0
     seen: list[tuple[int, int]] = []
     together = Together(lambda *moved: seen.append(moved))
-    work = LiveBackup([vault], workers, Order(""))
+    work = LiveBackup(destinations([vault]), workers, Order(""))
 
     async def one(vm: TrackedVm) -> LiveReport:
         nonlocal under_way, most
@@ -427,7 +429,7 @@ async def test_several_vms_each_for_itself(workers: Workers) -> None:
 
 async def test_two_vms_of_one_name_are_not_one(workers: Workers) -> None:
     vault = opened(stores(1)[0])
-    work = LiveBackup([vault], workers, Order(""))
+    work = LiveBackup(destinations([vault]), workers, Order(""))
     await work.run(as_machine(machine()))
     with pytest.raises(SourceError, match="elsewhere is named 'vm', as test:vm is"):
         await work.run(replace(as_machine(machine()), place="test:elsewhere"))
@@ -494,7 +496,7 @@ def test_the_best_checkpoints_come_first(workers: Workers) -> None:
 
         ref = Ref(id="0" * 64, pack="0" * 64, offset=0, length=0, codec=0)
         return History(
-            vault,
+            NativeDestination(vault),
             "vm",
             [
                 PointRecord(

@@ -19,7 +19,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
-from tests.backup.tracked import BITMAP, Guest, TrackedDisk, back_up
+from tests.backup.tracked import BITMAP, Guest, TrackedDisk, back_up, destinations
 from tests.disk.threads import running_workers
 from tests.repository.native.read_back import KIB, MIB, fresh_vault, listed, noise, read_back
 
@@ -64,7 +64,7 @@ async def run(
     async def opened(_: Sequence[str]) -> AsyncIterator[Disk]:
         yield source
 
-    work = Backup(vaults, workers, order or Order("vm"))
+    work = Backup(destinations(vaults), workers, order or Order("vm"))
     return await work.run([SourceDisk("disk", opened)], reading)
 
 

@@ -9,11 +9,13 @@ from nbdsrv.backup.engine import Backup, Order, SourceDisk
 from nbdsrv.backup.report import Report
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
+from nbdsrv.repository.destination import Destination
+from nbdsrv.repository.native.destination import NativeDestination
 from nbdsrv.repository.native.vault import Vault
 from protocol.extents import ExtentList
 from tests.copying.disks import MemoryDisk
 
-__all__ = ["BITMAP", "Guest", "back_up"]
+__all__ = ["BITMAP", "Guest", "back_up", "destinations"]
 
 BITMAP = "qemu:dirty-bitmap:b"
 BLOCK = 4096
@@ -129,14 +131,19 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] < sum(other) and other[0] < sum(one)
 
 
+def destinations(targets: Sequence[Vault | Destination]) -> list[Destination]:
+    """As the engine takes them."""
+    return [NativeDestination(each) if isinstance(each, Vault) else each for each in targets]
+
+
 async def back_up(
     workers: Workers,
-    vaults: Sequence[Vault] | Vault,
+    targets: Sequence[Vault | Destination] | Vault | Destination,
     guests: dict[str, Guest] | Guest,
     order: Order | None = None,
 ) -> Report:
     """One backup of these disks."""
-    vaults = [vaults] if isinstance(vaults, Vault) else vaults
+    targets = [targets] if isinstance(targets, Vault | Destination) else targets
     guests = {"disk": guests} if isinstance(guests, Guest) else guests
 
     def source(name: str, guest: Guest) -> SourceDisk:
@@ -146,7 +153,7 @@ async def back_up(
 
         return SourceDisk(name, opened)
 
-    work = Backup(vaults, workers, order or Order("vm"))
+    work = Backup(destinations(targets), workers, order or Order("vm"))
     return await work.run([source(name, guest) for name, guest in guests.items()])
 
 

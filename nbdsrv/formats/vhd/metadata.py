@@ -18,11 +18,10 @@ Rules:
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
-from nbdsrv.errors import UnsupportedImage
-from nbdsrv.formats.image_file import ImageFile
+from nbdsrv.errors import CorruptImage, UnsupportedImage
 from nbdsrv.formats.vhd.structs import (
     CREATOR_TAP,
     EPOCH,
@@ -43,14 +42,48 @@ from nbdsrv.formats.vhd.structs import (
     checksum,
 )
 
-__all__ = ["Footer", "Header", "read_footer", "read_header"]
+__all__ = [
+    "Footer",
+    "Header",
+    "Place",
+    "Readable",
+    "intact_footer",
+    "parse_footer",
+    "parse_header",
+    "read_footer",
+    "read_header",
+]
 
+_FOOTER: Any = FOOTER.compile()
+_HEADER: Any = HEADER.compile()
+"""Five times as fast, for a chain has a hundred of them; making them takes 3 ms, once."""
 _FORGETFUL_TAPDISKS = frozenset({0x00000001, 0x00010001})
 """Versions 0.1 and 1.1 set ``hidden`` without summing the footer up again."""
 _LITTLE_ENDIAN_BITMAPS = 0x00000001
 """Version 0.1 of tapdisk used the processor's bit order."""
 _CREATOR_XO = b"xo  "
 """Xen Orchestra counts timestamps from 1970."""
+
+
+class Place(Protocol):
+    """What messages are about: a file, or something else that holds a footer."""
+
+    path: str
+
+    def corrupt(self, position: int, what: str) -> CorruptImage:
+        """The error to raise."""
+
+
+class Readable(Place, Protocol):
+    """A file; an ``ImageFile``, or one in a bucket."""
+
+    size: int
+
+    def read(self, position: int, length: int, what: str) -> bytes:
+        """Exactly these bytes."""
+
+    def read_up_to(self, position: int, length: int) -> bytes:
+        """At most these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +132,7 @@ class Header:
     locators: tuple[tuple[int, int, int], ...]
 
 
-def read_footer(file: ImageFile) -> Footer:
+def read_footer(file: Readable) -> Footer:
     """The footer of a VHD, or its copy. Blocking.
 
     Raises:
@@ -108,25 +141,25 @@ def read_footer(file: ImageFile) -> Footer:
     """
     for length in (FOOTER_SIZE, OLD_FOOTER_SIZE):
         position = file.size - length
-        raw = _intact(file.read_up_to(position, length)) if position >= 0 else None
+        raw = intact_footer(file.read_up_to(position, length)) if position >= 0 else None
         if raw is not None:
-            return _footer(file, raw, position, position)
-    raw = _intact(file.read_up_to(0, FOOTER_SIZE))
+            return parse_footer(file, raw, position, position)
+    raw = intact_footer(file.read_up_to(0, FOOTER_SIZE))
     if raw is None:
         position = max(file.size - FOOTER_SIZE, 0)
         raise file.corrupt(position, "no footer with a correct checksum here, nor a copy at 0")
-    footer = _footer(file, raw, 0, file.size)
+    footer = parse_footer(file, raw, 0, file.size)
     if footer.disk_type == DiskType.FIXED:
         raise file.corrupt(file.size, "the footer of a fixed disk is not at the end: truncated?")
     return footer
 
 
-def _intact(raw: bytes) -> bytes | None:
+def intact_footer(raw: bytes) -> bytes | None:
     """The footer if it is one and its checksum is right."""
     if not raw.startswith(FOOTER_COOKIE) or len(raw) < OLD_FOOTER_SIZE:
         return None
     raw = raw.ljust(FOOTER_SIZE, b"\0")
-    fields: Any = FOOTER.parse(raw)
+    fields: Any = _FOOTER.parse(raw)
     if fields.checksum == checksum(raw, FOOTER_CHECKSUM):
         return raw
     if fields.creator == CREATOR_TAP and fields.creator_version in _FORGETFUL_TAPDISKS:
@@ -136,8 +169,19 @@ def _intact(raw: bytes) -> bytes | None:
     return None
 
 
-def _footer(file: ImageFile, raw: bytes, position: int, data_end: int) -> Footer:
-    fields: Any = FOOTER.parse(raw)
+def parse_footer(file: Place, raw: bytes, position: int, data_end: int) -> Footer:
+    """A footer whose checksum is right.
+
+    Args:
+        file: that it is in.
+        raw: the footer.
+        position: where it stands.
+        data_end: everything else of the file lies before that.
+
+    Raises:
+        CorruptImage, UnsupportedImage: as ``read_footer``.
+    """
+    fields: Any = _FOOTER.parse(raw)
     if fields.version >> 16 != 1:
         raise UnsupportedImage(f"{file.path}: VHD version {fields.version >> 16} is not known")
     try:
@@ -175,7 +219,7 @@ def _created(fields: Any) -> str:
     return datetime.fromtimestamp(fields.timestamp + since, UTC).isoformat()
 
 
-def read_header(file: ImageFile, footer: Footer) -> Header:
+def read_header(file: Readable, footer: Footer) -> Header:
     """The header of a dynamic or differencing disk. Blocking.
 
     Raises:
@@ -183,10 +227,24 @@ def read_header(file: ImageFile, footer: Footer) -> Header:
         UnsupportedImage: made by a later version of the format.
     """
     position = footer.header_at
-    raw = file.read(position, HEADER_SIZE, "the VHD header")
+    header = parse_header(file, footer, file.read(position, HEADER_SIZE, "the VHD header"))
+    table_at, entries = header.table_at, header.table_entries
+    if table_at + 4 * entries > footer.data_end:
+        text = f"a block table of {entries} entries at {table_at}, beyond the end of the file"
+        raise file.corrupt(position, text)
+    return header
+
+
+def parse_header(file: Place, footer: Footer, raw: bytes) -> Header:
+    """The same of the header alone: whether its table is in the file remains to be seen.
+
+    Raises:
+        CorruptImage, UnsupportedImage: as ``read_header``.
+    """
+    position = footer.header_at
     if not raw.startswith(HEADER_COOKIE):
         raise file.corrupt(position, "no VHD header here")
-    fields: Any = HEADER.parse(raw)
+    fields: Any = _HEADER.parse(raw)
     summed = checksum(raw, HEADER_CHECKSUM)
     if fields.checksum != summed:
         text = f"the checksum of the VHD header is {fields.checksum:#x}, should be {summed:#x}"
@@ -197,7 +255,7 @@ def read_header(file: ImageFile, footer: Footer) -> Header:
     return _header(file, footer, fields)
 
 
-def _header(file: ImageFile, footer: Footer, fields: Any) -> Header:
+def _header(file: Place, footer: Footer, fields: Any) -> Header:
     position, block_size, entries = footer.header_at, fields.block_size, fields.max_table_entries
     if block_size < SECTOR or block_size & (block_size - 1):
         raise file.corrupt(position, f"blocks of {block_size} bytes: not a power of 2 from 512 on")
@@ -205,13 +263,9 @@ def _header(file: ImageFile, footer: Footer, fields: Any) -> Header:
     if blocks > entries:
         text = f"a table of {entries} blocks of {block_size} bytes for a disk of {footer.size}"
         raise file.corrupt(position, text)
-    table_at = fields.table_offset
-    if table_at + 4 * entries > footer.data_end:
-        text = f"a block table of {entries} entries at {table_at}, beyond the end of the file"
-        raise file.corrupt(position, text)
     return Header(
         position=position,
-        table_at=table_at,
+        table_at=fields.table_offset,
         table_entries=entries,
         blocks=blocks,
         block_size=block_size,

@@ -13,8 +13,7 @@ from itertools import pairwise
 from sys import byteorder
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.formats.image_file import ImageFile
-from nbdsrv.formats.vhd.metadata import Footer, Header
+from nbdsrv.formats.vhd.metadata import Footer, Header, Readable
 from nbdsrv.formats.vhd.structs import ABSENT, FOOTER_SIZE, HEADER_SIZE, MAX_NAME, SECTOR
 
 __all__ = ["MAX_COMPARED", "BlockTable", "any_present"]
@@ -27,7 +26,7 @@ a larger one those that are looked at together are compared."""
 class BlockTable:
     """Read piece by piece; any thread may call it, all methods block."""
 
-    def __init__(self, file: ImageFile, footer: Footer, header: Header) -> None:
+    def __init__(self, file: Readable, footer: Footer, header: Header) -> None:
         """Raises CorruptImage if blocks overlap and the table is small. The file is borrowed."""
         self._file = file
         self._footer = footer

@@ -1,0 +1,1 @@
+exports.deduped = open => open

@@ -1,0 +1,1 @@
+exports.mount = () => { throw new Error('file restore is not driven here') }

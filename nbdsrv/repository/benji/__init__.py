@@ -1,0 +1,1 @@
+"""Benji's storages, read as they are."""

@@ -1,0 +1,1 @@
+"""casync's and desync's images: an index of chunks, and the store they lie in."""

@@ -1,0 +1,1 @@
+"""Proxmox Backup Server's datastores, read as they lie on disk."""

@@ -1,0 +1,1 @@
+"""restic's repositories (versions 1 and 2): images inside snapshots, read as restore points."""

@@ -1,0 +1,1 @@
+"""virtnbdbackup's backup directories, read as they are."""
