@@ -36,6 +36,8 @@ Job = tuple[Callable[..., Any], tuple[Any, ...], Done]
 
 DEFAULT_THREADS = 32
 """Blocking jobs at a time: what two clients at full depth keep busy; more queue up."""
+MUSTERED = 16
+"""Threads of these that a server starts in advance: one client at full depth."""
 LOOK_UP_THREADS = 4
 """Likewise for looking things up."""
 
@@ -57,6 +59,12 @@ class Workers:
         self._crew = _Crew("nbdsrv-work", threads, self._finished, self._eventfd)
         self.outstanding = 0
         self._scouts = _Crew("nbdsrv-look", LOOK_UP_THREADS, self._finished, self._eventfd)
+
+    def muster(self) -> None:
+        """Start most threads now: a burst of cold reads would wait for them, a tenth of a
+        millisecond for each. For servers.
+        """
+        self._crew.muster(MUSTERED)
 
     def fileno(self) -> int:
         """Readable when ``complete`` has something to do."""
@@ -146,11 +154,18 @@ class _Crew:
     def put(self, job: Job) -> None:
         self.outstanding += 1
         if self.outstanding > len(self._threads) < self._limit:
-            name = f"{self._name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._enlist()
         self._jobs.put(job)
+
+    def muster(self, count: int) -> None:
+        while len(self._threads) < min(count, self._limit):
+            self._enlist()
+
+    def _enlist(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def close(self) -> None:
         for _ in self._threads:

@@ -230,3 +230,19 @@ async def test_looking_up_does_not_wait_behind_work_that_waits_for_a_disk() -> N
                 await workers.look_up(int, "seven")
         gate.open()
         assert await asyncio.gather(*busy) == ["through"] * 10
+
+
+async def test_a_server_has_its_threads_before_the_first_burst(workers: Workers) -> None:
+    workers.muster()
+    mustered = len(our_threads())
+    assert mustered >= 16
+    gates = [Gate() for _ in range(16)]
+    tasks = [asyncio.ensure_future(workers.run(gate.work)) for gate in gates]
+    for gate in gates:
+        await entered(gate)
+    assert len(our_threads()) == mustered
+    workers.muster()
+    assert len(our_threads()) == mustered
+    for gate in gates:
+        gate.open()
+    assert await asyncio.gather(*tasks) == ["through"] * 16
