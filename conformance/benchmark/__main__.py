@@ -19,8 +19,10 @@ from conformance.benchmark.cells import Cell, Part, Peer, select
 from conformance.benchmark.cold import run_cold
 from conformance.benchmark.convert import run_conversions
 from conformance.benchmark.environment import describe
+from conformance.benchmark.foreign.run import run_foreign
 from conformance.benchmark.formats import make_images, mixed
 from conformance.benchmark.idle import run_idle
+from conformance.benchmark.overlay import run_overlay
 from conformance.benchmark.reading import run_clients
 from conformance.benchmark.report import BenchmarkError, Report, load, store
 from conformance.benchmark.repository import cells as repository
@@ -127,7 +129,8 @@ def main(
     chosen = {Part(part) for part in parts} or set(Part)
     cells = select(chosen, pattern)
     of_repositories = repository.select(pattern) if Part.REPOSITORY in chosen else []
-    if not cells and not of_repositories and not chosen & {Part.COLD, Part.IDLE}:
+    apart = {Part.COLD, Part.IDLE, Part.FOREIGN, Part.OVERLAY}
+    if not cells and not of_repositories and not chosen & apart:
         raise click.UsageError(f"no cell of these parts matches {pattern!r}")
     options = Options(
         parts=chosen,
@@ -171,6 +174,10 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def _run(options: Options, progress: Progress) -> Report:
+    if options.parts == {Part.FOREIGN}:
+        report = Report(describe("", 0, options.rounds, options.seconds))
+        _run_foreign(options, report, progress)
+        return report
     if options.parts == {Part.REPOSITORY}:
         path, size = mixed(options.cache, options.repository_size), options.repository_size
         report = Report(describe(path, size, options.rounds, options.seconds))
@@ -208,7 +215,18 @@ def _run(options: Options, progress: Progress) -> Report:
             connections=options.connections,
         )
     _run_repository(options, report, progress)
+    if Part.FOREIGN in options.parts:
+        _run_foreign(options, report, progress)
+    if Part.OVERLAY in options.parts:
+        rounds = min(options.rounds, EXTRA_ROUNDS)
+        work = (path, options.cache, report, progress)
+        run_overlay(*work, rounds=rounds, seconds=options.seconds)
     return report
+
+
+def _run_foreign(options: Options, report: Report, progress: Progress) -> None:
+    cache = os.path.join(options.cache, "foreign")
+    run_foreign(cache, report, progress, rounds=min(options.rounds, EXTRA_ROUNDS))
 
 
 def _run_repository(options: Options, report: Report, progress: Progress) -> None:

@@ -36,7 +36,7 @@ class Transport(StrEnum):
 
 
 class Part(StrEnum):
-    """What ``--part`` chooses; all but the last three make the table."""
+    """What ``--part`` chooses; all but the last five make the table."""
 
     READS = "reads"
     WRITES = "writes"
@@ -48,6 +48,8 @@ class Part(StrEnum):
     COLD = "cold"
     IDLE = "idle"
     REPOSITORY = "repository"
+    FOREIGN = "foreign"
+    OVERLAY = "overlay"
 
 
 class Peer(StrEnum):

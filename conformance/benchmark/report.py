@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 __all__ = [
     "BenchmarkError",
     "ColdSample",
+    "ForeignSample",
     "IdleSample",
+    "OverlaySample",
     "Report",
     "RepositorySample",
     "Sample",
@@ -93,6 +95,26 @@ class RepositorySample:
     value: float
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignSample:
+    """One number of one row of ``foreign`` in one round, in the row's unit."""
+
+    row: str
+    column: str
+    round: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class OverlaySample:
+    """One run of one load of ``overlay`` against one program: IOPS for 4 KiB, else MB/s."""
+
+    cell: str
+    kind: str
+    round: int
+    rate: float
+
+
 @dataclass(slots=True)
 class Report:
     environment: dict[str, str]
@@ -100,6 +122,8 @@ class Report:
     cold: list[ColdSample] = field(default_factory=list)
     idle: list[IdleSample] = field(default_factory=list)
     repository: list[RepositorySample] = field(default_factory=list)
+    foreign: list[ForeignSample] = field(default_factory=list)
+    overlay: list[OverlaySample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -123,6 +147,8 @@ def load(path: str) -> Report:
             cold=[ColdSample(**each) for each in data["cold"]],
             idle=[IdleSample(**each) for each in data["idle"]],
             repository=[RepositorySample(**each) for each in data.get("repository", [])],
+            foreign=[ForeignSample(**each) for each in data.get("foreign", [])],
+            overlay=[OverlaySample(**each) for each in data.get("overlay", [])],
             failures=data["failures"],
             notes=data["notes"],
         )

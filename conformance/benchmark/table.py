@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from conformance.benchmark.cells import CELLS, Cell, Peer
+from conformance.benchmark.foreign.table import foreign_table
+from conformance.benchmark.overlay import overlay_table
 from conformance.benchmark.report import BenchmarkError, Report
 from conformance.benchmark.repository import table as repositories
 
@@ -201,6 +203,10 @@ def _busy_idlers(report: Report) -> list[str]:
 
 def _extras(report: Report, *, spread: bool) -> list[tuple[str, list[str], list[list[str]]]]:
     found = repositories.tables(report, spread=spread)
+    if report.foreign:
+        found.append(foreign_table(report))
+    if report.overlay:
+        found.append(overlay_table(report))
     if report.cold:
         title = "A client's 4 KiB reads (depth 1, cached) while another client of the same server"
         found.append((title, *_cold(report)))

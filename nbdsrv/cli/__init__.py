@@ -26,6 +26,10 @@ _COMMANDS = {
     "prune": "nbdsrv.cli.prune:prune",
     "gc": "nbdsrv.cli.gc:gc",
     "verify": "nbdsrv.cli.verify:verify",
+    "status": "nbdsrv.cli.status:status",
+    "reload": "nbdsrv.cli.reload:reload",
+    "overlay": "nbdsrv.cli.overlay:overlay",
+    "migrate": "nbdsrv.cli.migrate:migrate",
 }
 """Command to ``module:function``; imported when it is run, for a server's modules take a while."""
 

@@ -80,16 +80,17 @@ def _print_table(points: Sequence[Point]) -> None:
 def _cells(point: Point) -> tuple[str, ...]:
     disks = ", ".join(f"{_line(disk.name)} {human(disk.size)}" for disk in point.disks)
     modes = dict.fromkeys(str(disk.facts.get("mode", "")) for disk in point.disks)
-    # Some tools count a point as a whole.
-    whole = int(point.facts.get("new_bytes") or 0)
-    new = sum(int(disk.facts.get("new_bytes") or 0) for disk in point.disks) or whole
+    # Some tools count a point as a whole, some do not count.
+    counts = [disk.facts.get("new_bytes") for disk in point.disks]
+    counts = [each for each in counts if each is not None] or [point.facts.get("new_bytes")]
+    new = None if None in counts else sum(map(int, filter(None, counts)))
     return (
         _line(point.group),
         point.id,
         point.stamp,
         disks or "-",
         ", ".join(filter(None, modes)) or "-",
-        human(new) if point.disks else "-",
+        human(new) if point.disks and new is not None else "-",
         ", ".join(point.flags),
     )
 

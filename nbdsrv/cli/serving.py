@@ -37,6 +37,7 @@ __all__ = [
     "open_listeners",
     "prepare_process",
     "server_options",
+    "socket_mode",
     "tls_context",
     "tls_mode",
 ]
@@ -205,6 +206,21 @@ def tls_context(serving: Serving, mode: TlsMode) -> ssl.SSLContext | None:
     return server_context(serving.tls_cert, serving.tls_key, serving.tls_ca)
 
 
+def socket_mode(serving: Serving) -> int:
+    """Permissions of Unix sockets.
+
+    Raises:
+        ConfigError: no octal number, or not one of permissions.
+    """
+    try:
+        mode = int(serving.socket_mode, 8)
+        if not 0 <= mode <= 0o777:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--socket-mode {serving.socket_mode}: expected octal digits") from None
+    return mode
+
+
 def open_listeners(serving: Serving) -> list[Listener]:
     """Sockets that accept; all of them or none.
 
@@ -213,16 +229,11 @@ def open_listeners(serving: Serving) -> list[Listener]:
     """
     if not serving.listen and (activated := activated_sockets(os.environ)):
         return activated
-    try:
-        mode = int(serving.socket_mode, 8)
-        if not 0 <= mode <= 0o777:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"--socket-mode {serving.socket_mode}: expected octal digits") from None
+    mode = socket_mode(serving)
     opened: list[Listener] = []
     try:
         for where in serving.listen or (DEFAULT_LISTEN,):
-            opened += listen(where, socket_mode=mode & 0o777)
+            opened += listen(where, socket_mode=mode)
     except BaseException:
         for listener in opened:
             listener.close()

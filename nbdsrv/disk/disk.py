@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import Flag, auto
 
+from nbdsrv.disk.flights import Landing
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
@@ -64,6 +65,7 @@ class Disk(ABC):
         epoch: changes whenever something ``locate`` answered may no longer be true.
         workers: the threads it works on; a wrapper works on those of what it wraps.
         backing: the Disk below, which gives what this one does not have; closed with it.
+        landing: where whole blocks may go, of a Disk that must know of each write; or None.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Disk(ABC):
     contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
     epoch: int = 0
     backing: "Disk | None" = None
+    landing: Landing | None = None
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers

@@ -3,7 +3,8 @@
 ::
 
     catalogue ── name ──> Export ── acquire() ──> Disk   opened when the first client asks,
-        │                           release()            shared by all, closed behind the last
+        │                   │       release()            shared by all, closed behind the last
+        │                   └── access                   who may, and how
         └── Collection ── name ──> Export                a whole repository: looked up when asked
 """
 
@@ -12,9 +13,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.export.access import EVERYBODY, Access, Grant, Peer
 from protocol.constants import MAX_STRING, TransmissionFlag
 from protocol.handshake.options import ExportInfo
 
@@ -30,23 +33,48 @@ _FLAGS = {
     Ability.MULTI_CONN: TransmissionFlag.CAN_MULTI_CONN,
     Ability.ROTATIONAL: TransmissionFlag.ROTATIONAL,
 }
+_CHANGING = Ability.WRITE | Ability.TRIM | Ability.ZERO | Ability.FAST_ZERO
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Export:
     """A name and how to open the Disk behind it.
 
     Attributes:
         tls_only: never served in plain text, nor shown there.
+        access: who may use it; of what a collection has, the collection's.
+        collection: where it was found, or None for one that the catalogue itself has.
     """
 
     name: str
     open: Callable[[], Awaitable[Disk]]
     description: str = ""
     tls_only: bool = False
+    access: Access = EVERYBODY
+    collection: "Collection | None" = None
     _disk: Disk | None = None
     _users: int = 0
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def disk(self) -> Disk | None:
+        """What is open at the moment."""
+        return self._disk
+
+    @property
+    def users(self) -> int:
+        """Clients that hold it now, those in their handshake included."""
+        return self._users
+
+    @property
+    def at_rest(self) -> bool:
+        """Does nobody hold it, and is nothing being opened or closed?"""
+        return not self._users and not self._lock.locked()
+
+    async def settled(self) -> None:
+        """Return when what is being opened or closed at the moment has been."""
+        async with self._lock:
+            pass
 
     async def acquire(self) -> Disk:
         """The shared Disk; pair with ``release``.
@@ -75,10 +103,12 @@ class Collection(ABC):
     Attributes:
         name: for messages and ``--tls-export``.
         tls_only: as of each of its exports.
+        access: likewise.
     """
 
     name: str
     tls_only: bool = False
+    access: Access = EVERYBODY
 
     @abstractmethod
     async def find(self, name: str) -> Export | None:
@@ -110,6 +140,7 @@ class Catalogue:
     def __init__(self) -> None:
         self._exports: dict[str, Export] = {}
         self.collections: list[Collection] = []
+        self._found: WeakSet[Export] = WeakSet()
 
     def add(self, export: Export) -> None:
         """Raises ConfigError for a name that is taken or that the protocol cannot carry."""
@@ -141,21 +172,48 @@ class Catalogue:
             if found is not None:
                 break
             found = await collection.find(name)
+            if found is not None:
+                found.access, found.collection = collection.access, collection
+                self._found.add(found)
         return found
 
-    async def listed(self, *, secure: bool) -> list[tuple[str, str]]:
+    def in_use(self, collection: Collection) -> bool:
+        """Does a client use any of its exports, though it may be served no more?"""
+        return any(each.users for each in self._found if each.collection is collection)
+
+    def become(self, other: "Catalogue") -> None:
+        """Have what ``other`` has, from the next question on. Who holds an export keeps it."""
+        self._exports = {export.name: export for export in other}
+        self.collections = list(other.collections)
+
+    def has(self, export: Export) -> bool:
+        """Would a client still be given this one?"""
+        if export.collection is not None:
+            return export.collection in self.collections
+        return self._exports.get(export.name) is export
+
+    async def listed(self, *, secure: bool, peer: Peer | None = None) -> list[tuple[str, str]]:
         """(name, description) of what a client may know of.
+
+        Without ``peer`` access rules do not count.
 
         A collection that cannot tell is left out, and the log says why.
         """
-        names = [(e.name, e.description) for e in self if secure or not e.tls_only]
+        names = [(e.name, e.description) for e in self if _shown(e, peer, secure=secure)]
         for collection in self.collections:
-            if secure or not collection.tls_only:
+            if _shown(collection, peer, secure=secure):
                 try:
                     names += await collection.listed()
                 except DiskError as error:
                     log.warning("exports.unlisted collection=%r reason=%s", collection.name, error)
         return names
+
+
+def _shown(what: Export | Collection, peer: Peer | None, *, secure: bool) -> bool:
+    if what.tls_only and not secure:
+        return False
+    access = what.access
+    return peer is None or not access.hidden or access.allows(peer) is not Grant.NONE
 
 
 def is_name(name: str) -> bool:
@@ -169,12 +227,17 @@ def _undecodable(name: str) -> bool:
     return name.encode(errors="ignore").decode() != name
 
 
-def export_info(export: Export, disk: Disk) -> ExportInfo:
-    """What the handshake tells of an export: exactly what its Disk can do."""
+def export_info(export: Export, disk: Disk, *, writable: bool = True) -> ExportInfo:
+    """What the handshake tells of an export: exactly what its Disk can do.
+
+    Without ``writable`` only what a read-only one can: this client's writes are answered by EPERM,
+    whatever others may do with the same Disk.
+    """
     flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_CACHE
-    if Ability.WRITE not in disk.abilities:
+    able = disk.abilities if writable else disk.abilities & ~_CHANGING
+    if Ability.WRITE not in able:
         flags |= TransmissionFlag.READ_ONLY
     for ability, flag in _FLAGS.items():
-        if ability in disk.abilities:
+        if ability in able:
             flags |= flag
     return ExportInfo(export.name, disk.size, flags, export.description, disk.block_sizes)

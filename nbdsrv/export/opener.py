@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
@@ -10,6 +10,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Collection
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.formats.opening import Opening, open_image
+from nbdsrv.repository.passphrase import passphrase_of
 from nbdsrv.repository.repository import Point
 
 __all__ = ["open_collection", "open_source"]
@@ -18,7 +19,13 @@ _SNAPSHOTS = frozenset({"", "qcow2"})
 _ARCHIVES = frozenset({"", "ova", "xva", "gzip", "xz", "zstd"})
 
 
-async def open_source(source: Source, workers: Workers, *, writable: bool = False) -> Disk:
+async def open_source(
+    source: Source,
+    workers: Workers,
+    *,
+    writable: bool = False,
+    passphrase: Callable[[], str] = passphrase_of,
+) -> Disk:
     """Open what a SOURCE names.
 
     Raises:
@@ -26,7 +33,7 @@ async def open_source(source: Source, workers: Workers, *, writable: bool = Fals
         DiskError: it cannot be opened; ``UnsupportedImage`` if it is of a kind nbdsrv knows of
             but does not serve yet.
     """
-    disk = await _open_whole(source, workers, writable=writable)
+    disk = await _open_whole(source, workers, passphrase, writable=writable)
     if source.partition is None:
         return disk
     from nbdsrv.formats.partition import open_partition
@@ -34,13 +41,15 @@ async def open_source(source: Source, workers: Workers, *, writable: bool = Fals
     return await open_partition(disk, source.partition)
 
 
-async def _open_whole(source: Source, workers: Workers, *, writable: bool) -> Disk:
+async def _open_whole(
+    source: Source, workers: Workers, passphrase: Callable[[], str], *, writable: bool
+) -> Disk:
     if source.kind is Kind.NBD:
         from nbdsrv.source.nbd import open_nbd
 
         return await open_nbd(source.location, workers, writable=writable)
     if source.kind is Kind.REPOSITORY:
-        return await _open_stored(source, workers)
+        return await _open_stored(source, workers, passphrase)
     if source.kind is Kind.HYPERVISOR:
         return await _open_frozen(source, workers, writable=writable)
     path, snapshot, member = await workers.look_up(_selectors, source)
@@ -60,12 +69,12 @@ async def _open_frozen(source: Source, workers: Workers, *, writable: bool) -> D
     return await moment.only_disk()
 
 
-async def _open_stored(source: Source, workers: Workers) -> Disk:
+async def _open_stored(source: Source, workers: Workers, passphrase: Callable[[], str]) -> Disk:
     """A disk of a restore point; what it needs of its repository is closed with it."""
     from nbdsrv.repository.opening import open_repository
     from nbdsrv.repository.selector import select
 
-    repository = await open_repository(source, workers)
+    repository = await open_repository(source, workers, passphrase)
     try:
         selected = await select(repository, source.selector)
         return await repository.open_disk(selected.point, selected.disk)
@@ -74,7 +83,13 @@ async def _open_stored(source: Source, workers: Workers) -> Disk:
 
 
 async def open_collection(
-    source: Source, workers: Workers, name: str, prefix: str = "", *, tls_only: bool = False
+    source: Source,
+    workers: Workers,
+    name: str,
+    prefix: str = "",
+    *,
+    tls_only: bool = False,
+    passphrase: Callable[[], str] = passphrase_of,
 ) -> Collection | None:
     """The exports of a repository, or of a running VM, which is frozen until it is closed.
 
@@ -86,6 +101,7 @@ async def open_collection(
         name: of the collection, for messages.
         prefix: of the exports' names.
         tls_only: never served in plain text.
+        passphrase: asked for that of an encrypted repository.
 
     Raises:
         DiskError: as ``open_source``.
@@ -100,7 +116,7 @@ async def open_collection(
     from nbdsrv.repository.opening import open_repository
     from nbdsrv.repository.selector import scope_of
 
-    repository = await open_repository(source, workers)
+    repository = await open_repository(source, workers, passphrase)
     group: str | None = None
     only: Sequence[Point] = ()
     try:

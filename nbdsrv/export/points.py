@@ -12,13 +12,14 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.errors import RepositoryError
+from nbdsrv.errors import PointMissing, RepositoryError
 from nbdsrv.export.exports import Collection, Export, is_name
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.selector import LATEST, latest_with, select
+from nbdsrv.repository.selector import LATEST, Selected, latest_with, select
 
 __all__ = ["PointExports"]
 
@@ -28,8 +29,24 @@ MAX_LISTED = 50_000
 """Exports shown in a listing, a few megabytes; the others can be opened all the same."""
 
 
+class Covering(Protocol):
+    """What lays an overlay over each export."""
+
+    async def settle(self, prefix: str, asked: str, point: Point, disk: str) -> tuple[str, str]:
+        """The export's name, however it was asked for; and its point's selector, if that is set."""
+
+    def over(self, export: Export) -> None:
+        """Make ``export`` open an overlay over what it opens."""
+
+
 class PointExports(Collection):
-    """The disks of a repository's points, of one group's, or of some points."""
+    """The disks of a repository's points, of one group's, or of some points.
+
+    Attributes:
+        covering: lays overlays over them; None where they are served as they are.
+    """
+
+    covering: Covering | None = None
 
     def __init__(
         self,
@@ -64,24 +81,52 @@ class PointExports(Collection):
         """The export a name selects; a selector that means nothing, or several, is none."""
         if not name.startswith(self._prefix):
             return None
-        try:
-            selected = await select(self._repository, name[len(self._prefix) :])
-        except RepositoryError as error:
-            log.info("export.unknown export=%r reason=%s", name, error)
+        asked = name[len(self._prefix) :]
+        selected = await self._select(asked)
+        if selected is None or not self._serves(selected.point) or not is_name(name):
             return None
+        if self.covering is not None:
+            return await self._covered(self.covering, asked, selected)
         point = selected.point
-        if not self._serves(point):
+        # Under the name it was asked for: clients that list show what they are told here.
+        return self._export((name, point.group, point.id), selected)[0]
+
+    async def _select(self, selector: str) -> Selected | None:
+        try:
+            return await select(self._repository, selector)
+        except RepositoryError as error:
+            log.info("export.unknown export=%r reason=%s", selector, error)
             return None
-        if not is_name(name):
-            return None
-        key = (name, point.group, point.id)
-        export = self._exports.get(key)
-        if export is None:
-            # Under the name it was asked for: clients that list show what they are told here.
-            opener = partial(self._open, point, selected.disk)
-            export = Export(name, opener, _described(point), tls_only=self.tls_only)
-            self._exports[key] = export
+
+    async def _covered(self, covering: Covering, asked: str, selected: Selected) -> Export:
+        """One export for each overlay, of the point that it is over."""
+        settle = covering.settle(self._prefix, asked, selected.point, selected.disk)
+        name, pinned = await settle
+        if pinned:
+            found = await self._select(pinned)
+            if found is None:
+                text = f"the overlay of {name!r} is over {pinned}, which is not there any more"
+                raise PointMissing(f"{self.name}: {text}")
+            selected = found
+        open_ = self._exports.get((name, "", ""))
+        if open_ is not None and open_.users:
+            return open_  # over whatever it was opened over, until the last client has left
+        export, new = self._export((name, selected.point.group, selected.point.id), selected)
+        if new:
+            covering.over(export)
+        self._exports[name, "", ""] = export
         return export
+
+    def _export(self, key: tuple[str, str, str], selected: Selected) -> tuple[Export, bool]:
+        """The one export there is under a key, and whether it is new."""
+        export = self._exports.get(key)
+        if export is not None:
+            return export, False
+        point = selected.point
+        opener = partial(self._open, point, selected.disk)
+        export = Export(key[0], opener, _described(point), tls_only=self.tls_only)
+        self._exports[key] = export
+        return export, True
 
     async def listed(self) -> Sequence[tuple[str, str]]:
         """By group; ``latest`` first, then from old to new."""

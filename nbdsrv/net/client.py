@@ -17,7 +17,9 @@ what still arrives for it is received into scratch, what is still to be sent of 
 import asyncio
 import contextlib
 import errno as os_errno
+import logging
 import os
+import select
 from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
@@ -26,6 +28,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.client_outbox import Outbox
 from nbdsrv.net.client_pending import ConnectionLost, Pending, Statuses
+from nbdsrv.net.watch import LoopWatch, Watch
 from protocol.answers import Answer, Data, Done, Failed, Hole, Status
 from protocol.connection import ClientConnection
 from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
@@ -33,6 +36,8 @@ from protocol.incoming import Payload
 from protocol.terms import Negotiated
 
 __all__ = ["Client", "ConnectionLost"]
+
+log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64
 """Requests of one connection that await answers; more wait here. Servers work on 16 or so."""
@@ -86,12 +91,24 @@ class Client:
         self._bytes = 0
         self._bulky = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._outbox = Outbox(channel, self._broken)
+        self._watch: Watch = LoopWatch()
+        self._outbox = Outbox(channel, self._broken, self._watch)
         self._closed = False
         self._quiet = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._scratch = memoryview(bytearray(SCRATCH))
-        self._loop.add_reader(channel.fileno(), self._readable)
+        self._watch.add(channel.fileno(), self, select.EPOLLIN)
+
+    def watch_by(self, watch: Watch) -> None:
+        """Let ``watch``, of the same event loop, tell of answers from now on."""
+        fd = self._channel.fileno()
+        if watch is self._watch or self.lost is not None or fd < 0:
+            return
+        self._watch.remove(fd)
+        self._watch = self._outbox.watch = watch
+        watch.add(fd, self, select.EPOLLIN)
+        if self._channel.pending():
+            watch.soon(self.resume)
 
     @property
     def usable(self) -> bool:
@@ -120,8 +137,27 @@ class Client:
         self._send(pending, length, partial(self._connection.read, offset, length))
         return pending
 
+    def begin_read(self, offset: int, buffer: memoryview, done: Callable[[bool], None]) -> bool:
+        """The same for nobody who waits: ``done`` is called once, from the loop and not from within,
+        with whether ``buffer`` is filled. What was the matter if not, ``read`` tells.
+
+        Returns False, and does nothing, if it would have to wait or cannot be asked for.
+        """
+        length = len(buffer)
+        if self.lost is not None or self._closed or self._full(length):
+            return False
+        try:
+            cookie, header = self._connection.read(offset, length)
+        except LocalProtocolError:
+            return False
+        pending = Pending("reading", offset, length, None, done)
+        pending.buffer = buffer
+        self._sent(cookie, header, pending, length)
+        return True
+
     async def answer(self, pending: Pending) -> None:
         """The end of a request's answer. Raises what the request does; may be cancelled."""
+        assert pending.answered is not None
         try:
             await pending.answered
         except asyncio.CancelledError:
@@ -178,6 +214,9 @@ class Client:
 
     def _send(self, pending: Pending, moved: int, make: Callable[[], tuple[int, bytes]]) -> None:
         cookie, header = self._made(pending, make)
+        self._sent(cookie, header, pending, moved)
+
+    def _sent(self, cookie: int, header: bytes, pending: Pending, moved: int) -> None:
         self._pending[cookie] = pending
         pending.moved = moved
         self._bytes += moved
@@ -203,9 +242,9 @@ class Client:
     # --- room for more -------------------------------------------------------------------
 
     def _full(self, moved: int) -> bool:
-        if not self.load or not self.usable:
+        if self.load < MAX_IN_FLIGHT and self._bytes + moved <= MAX_IN_FLIGHT_BYTES:
             return False
-        return self.load >= MAX_IN_FLIGHT or self._bytes + moved > MAX_IN_FLIGHT_BYTES
+        return bool(self.load) and self.usable
 
     async def _room(self) -> None:
         """Wait until something has been answered."""
@@ -231,13 +270,16 @@ class Client:
         self._bytes -= pending.moved
         if pending.moved >= BULKY and pending.data is None:
             self._bulky -= 1
-        self._wake()
+        if self._waiting:
+            self._wake()
 
     def abandon(self, pending: Pending) -> None:
         """Whoever asked has gone and takes its memory along."""
         pending.buffer = None
         if pending.data is not None:
             self._outbox.copy(pending.data)
+        if pending.answered is None:
+            return
         if pending.answered.done() and not pending.answered.cancelled():
             pending.answered.exception()  # seen: nobody wants it any more
         else:
@@ -265,6 +307,19 @@ class Client:
 
     # --- receiving -----------------------------------------------------------------------
 
+    def on_events(self, events: int) -> None:
+        """For ``Watch``: there is something to receive, or nothing will ever come again."""
+        del events
+        try:
+            self._readable()
+        except Exception as error:  # noqa: BLE001 - whoever watches has others to tell
+            log.error("client.bug", exc_info=error)
+            self._lose(f"a fault of nbdsrv: {error}", os_errno.EIO)
+
+    def resume(self) -> None:
+        """For ``Watch``: go on."""
+        self.on_events(0)
+
     def _readable(self) -> None:
         try:
             for _ in range(RECEIVES):
@@ -280,7 +335,7 @@ class Client:
             if (
                 self.lost is None and self._channel.pending()
             ):  # of which polling the socket knows nothing
-                self._loop.call_soon(self._readable)
+                self._watch.soon(self.resume)
 
     def _receive(self) -> bool:
         """One system call's worth; False if there is nothing more now.
@@ -366,7 +421,7 @@ class Client:
     def _release(self) -> None:
         fd = self._channel.fileno()
         if fd >= 0:
-            self._loop.remove_reader(fd)
+            self._watch.remove(fd)
             self._outbox.close()
             self._channel.close()
         if self._timer is not None:

@@ -2,7 +2,7 @@
 
 ::
 
-    post(header, data) ──> |header|header|data ......|header| ──> socket   once a turn of the loop
+    post(header, data) ──> |header|header|data ......|header| ──> socket   once a turn
                             '-joined-'   as it is
 
 Rule: data is the caller's memory. Whoever takes it back early says so: what is left is then copied.
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.watch import Watch
 
 __all__ = ["Outbox"]
 
@@ -23,10 +24,15 @@ MAX_JOINED = 1 << 16
 
 
 class Outbox:
-    """Sends in order, when the socket takes it. Belongs to one event loop."""
+    """Sends in order, when the socket takes it. Belongs to one event loop.
 
-    def __init__(self, channel: Channel, broken: Callable[[OSError], None]) -> None:
+    Attributes:
+        watch: says when a turn is over.
+    """
+
+    def __init__(self, channel: Channel, broken: Callable[[OSError], None], watch: Watch) -> None:
         """``broken`` is called when the socket is."""
+        self.watch = watch
         self._loop = asyncio.get_running_loop()
         self._channel = channel
         self._broken = broken
@@ -36,13 +42,13 @@ class Outbox:
         self._closed = False
 
     def post(self, header: bytes, data: memoryview | None) -> None:
-        """Queue; all that is queued in this turn of the loop leaves together."""
+        """Queue; all that is queued in this turn leaves together."""
         self._pieces.append(memoryview(header))
         if data is not None:
             self._pieces.append(data)
         if not self._due and not self._blocked:
             self._due = True
-            self._loop.call_soon(self._flush)
+            self.watch.soon(self._flush)
 
     def copy(self, data: memoryview) -> None:
         """The owner of ``data`` takes it back."""

@@ -5,18 +5,21 @@
     Data, Hole  ──> buffer      the caller's own; None once the caller has gone
     Status      ──> statuses
     Failed      ──> bad         the lowest offset anything failed at
-    Done        ──> settle()    wakes the caller
+    Done        ──> settle()    wakes the caller, or calls it
 """
 
 import asyncio
+import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from nbdsrv.errors import DiskError
 from protocol.answers import Failed
 from protocol.constants import Errno
 
 __all__ = ["ConnectionLost", "Pending"]
+
+log = logging.getLogger(__name__)
 
 ZEROES = bytes(1 << 16)
 
@@ -30,7 +33,6 @@ class ConnectionLost(DiskError):
     """
 
 
-@dataclass(slots=True, eq=False)
 class Pending:
     """One request in flight.
 
@@ -38,7 +40,7 @@ class Pending:
         verb: for messages.
         offset: bytes, where the request begins.
         length: bytes.
-        answered: done when the answer is complete.
+        answered: done when the answer is complete; of a request that somebody waits for.
         expires: when the answer is overdue, on the loop's clock.
         moved: bytes it counts for while it is in flight.
         buffer: what a READ fills, as long as somebody waits for it.
@@ -48,20 +50,32 @@ class Pending:
         statuses: extents by context id.
     """
 
-    verb: str
-    offset: int
-    length: int
-    answered: "asyncio.Future[None]"
-    expires: float = 0.0
-    moved: int = 0
-    buffer: memoryview | None = None
-    data: memoryview | None = None
-    good: int = field(init=False)
-    bad: int | None = None
-    statuses: Statuses = field(default_factory=dict)
+    __slots__ = (
+        *("_done", "answered", "bad", "buffer", "data", "expires", "good", "length", "moved"),
+        *("offset", "statuses", "verb"),
+    )
 
-    def __post_init__(self) -> None:
-        self.good = self.offset
+    def __init__(
+        self,
+        verb: str,
+        offset: int,
+        length: int,
+        answered: "asyncio.Future[None] | None",
+        done: Callable[[bool], None] | None = None,
+    ) -> None:
+        """``done`` in place of ``answered``: called once with whether all went well."""
+        self.verb = verb
+        self.offset = offset
+        self.length = length
+        self.answered = answered
+        self.expires = 0.0
+        self.moved = 0
+        self.buffer: memoryview | None = None
+        self.data: memoryview | None = None
+        self.good = offset
+        self.bad: int | None = None
+        self.statuses: Statuses = {}
+        self._done = done
 
     @property
     def what(self) -> str:
@@ -101,17 +115,31 @@ class Pending:
 
     def settle(self, name: str, failure: Failed | None) -> None:
         """The answer is complete."""
-        if self.answered.done():
+        if self.answered is None:
+            self._call(good=failure is None)
+        elif self.answered.done():
             return  # nobody waits any more
-        if failure is None:
+        elif failure is None:
             self.answered.set_result(None)
         else:
             self.answered.set_exception(self._error(name, failure))
 
     def lose(self, text: str, errno: int) -> None:
         """There will be no answer."""
-        if not self.answered.done():
+        if self.answered is None:
+            self._call(good=False)
+        elif not self.answered.done():
             self.answered.set_exception(ConnectionLost(text, errno, self.offset))
+
+    def _call(self, *, good: bool) -> None:
+        done, self._done = self._done, None
+        if done is None:
+            return
+        try:
+            done(good)
+        except Exception:
+            # A mistake made by one who reads is not to be felt by the others on this connection.
+            log.exception("client.bug in the answer to %s", self.what)
 
     def _error(self, name: str, failure: Failed) -> DiskError:
         """What the server said, with how far the data is good if it is known at all."""

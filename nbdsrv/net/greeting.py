@@ -8,10 +8,12 @@ and not for long (CVE-2024-7409).
 import logging
 import os
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.errors import DiskError
+from nbdsrv.export.access import Grant, Peer
 from nbdsrv.export.exports import Catalogue, Export, export_info
 from nbdsrv.net.channel import (
     Channel,
@@ -20,6 +22,7 @@ from nbdsrv.net.channel import (
     until_readable,
     until_writable,
 )
+from nbdsrv.net.peer import identified
 from protocol.constants import Reply
 from protocol.handshake.events import (
     Agreement,
@@ -38,6 +41,8 @@ __all__ = ["Greeting", "Rejected", "Settled"]
 
 log = logging.getLogger(__name__)
 
+MAX_REFUSALS = 16
+"""Refusals of one client that are reported: who tries a thousand names fills no disk with it."""
 CHUNK = 4096
 """Bytes read at a time: handshakes are small, and idle ones should cost nothing."""
 
@@ -59,18 +64,31 @@ class Settled:
     disk: Disk
     agreement: Agreement
     remainder: bytes
+    peer: Peer
+
+
+class _Forbidden(Exception):
+    """An export this client may know of and not use."""
 
 
 @dataclass(slots=True)
 class Greeting:
-    """One client's handshake."""
+    """One client's handshake.
+
+    Attributes:
+        peer: who it is; TLS may find out more.
+        refused: told what the client asked for and why it did not get it.
+    """
 
     channel: Channel
     catalogue: Catalogue
     mode: TlsMode
     context: ssl.SSLContext | None
+    peer: Peer
+    refused: Callable[[Peer, str | None, str], None]
     machine: ServerHandshake = field(init=False)
     _held: tuple[Export, Disk] | None = None
+    _told: set[tuple[str | None, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.machine = ServerHandshake(self.mode)
@@ -117,7 +135,7 @@ class Greeting:
         assert self._held is not None
         export, disk = self._held
         self._held = None
-        return Settled(self.channel, export, disk, event.agreement, event.remainder)
+        return Settled(self.channel, export, disk, event.agreement, event.remainder, self.peer)
 
     async def _answer(self, event: Event) -> Event | None:
         machine = self.machine
@@ -125,15 +143,18 @@ class Greeting:
             await self._send()
             await self._upgrade()
         elif isinstance(event, ListExports):
-            machine.list_exports(await self.catalogue.listed(secure=self._may_see_all()))
+            secure = self._may_see_all()
+            machine.list_exports(await self.catalogue.listed(secure=secure, peer=self.peer))
         elif isinstance(event, OpenExport):
             return await self._open(event)
         elif isinstance(event, QueryContexts):
             try:
-                export = await self._visible(event.name)
+                export, _ = await self._visible(event.name)
                 if export is None:
                     return machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
                 disk = await self._hold(export)
+            except _Forbidden:
+                return self._forbidden(event.name)
             except DiskError as error:
                 return self._unopened(event.name, error)
             machine.contexts(disk.contexts)
@@ -141,7 +162,7 @@ class Greeting:
 
     async def _open(self, event: OpenExport) -> Event | None:
         try:
-            export = await self._visible(event.name)
+            export, grant = await self._visible(event.name)
             if export is None and not self._may_see_all():
                 # The same answer for what is secret and what does not exist.
                 text = f"export {event.name!r} is not served without TLS"
@@ -149,24 +170,50 @@ class Greeting:
             if export is None:
                 return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
             disk = await self._hold(export)
+        except _Forbidden:
+            return self._forbidden(event.name)
         except DiskError as error:
             return self._unopened(event.name, error)
-        return self.machine.accept(export_info(export, disk))
+        writable = grant is Grant.WRITE
+        return self.machine.accept(export_info(export, disk, writable=writable))
+
+    def _forbidden(self, name: str) -> Event | None:
+        return self.machine.refuse(Reply.ERR_POLICY, f"access to export {name!r} is denied")
 
     def _unopened(self, name: str, error: DiskError) -> Event | None:
         """The client learns that and why, but not where things lie on this host."""
         log.warning("export.unopened export=%r reason=%s", name, error)
+        self._refuse(name, f"cannot be opened: {error}")
         text = f"export {name!r} cannot be opened: {os.strerror(error.errno)}"
         return self.machine.refuse(Reply.ERR_PLATFORM, text)
 
     def _may_see_all(self) -> bool:
         return self.channel.secure or self.mode is not TlsMode.PER_EXPORT
 
-    async def _visible(self, name: str) -> Export | None:
+    async def _visible(self, name: str) -> tuple[Export | None, Grant]:
+        """What this client means by ``name``, and what it may do with it.
+
+        None for what does not exist and what is hidden from it alike: it cannot tell them apart.
+        """
         export = await self.catalogue.find(name)
-        if export is not None and export.tls_only and not self.channel.secure:
-            return None
-        return export
+        if export is None:
+            reason = "no such export"
+        elif export.tls_only and not self.channel.secure:
+            reason = "not without TLS"
+        else:
+            grant = export.access.allows(self.peer)
+            if grant is not Grant.NONE:
+                return export, grant
+            reason = "not allowed"
+        self._refuse(name, reason)
+        if reason == "not allowed" and export is not None and not export.access.hidden:
+            raise _Forbidden
+        return None, Grant.NONE
+
+    def _refuse(self, name: str | None, reason: str) -> None:
+        if len(self._told) < MAX_REFUSALS and (name, reason) not in self._told:
+            self._told.add((name, reason))  # who asks for contexts and then GO is told twice
+            self.refused(self.peer, name, reason)
 
     async def _hold(self, export: Export) -> Disk:
         """Open the export, keeping it until another is asked for: GO follows INFO."""
@@ -185,7 +232,12 @@ class Greeting:
     async def _upgrade(self) -> None:
         assert self.context is not None
         assert isinstance(self.channel, PlainChannel)
-        self.channel = await connect_tls(self.channel, self.context)
+        try:
+            self.channel = await connect_tls(self.channel, self.context)
+            self.peer = identified(self.peer, self.channel.sock)
+        except ConnectionError as error:
+            self._refuse(None, str(error))
+            raise
         self.machine.tls_started()
 
     async def _send(self) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from nbdsrv.errors import ConfigError, ListenError
 from protocol.constants import NBD_PORT
 
-__all__ = ["Listener", "activated_sockets", "listen"]
+__all__ = ["Listener", "activated_sockets", "identity", "listen", "split_address"]
 
 BACKLOG = 1024
 """Connections the kernel completes for us while we are busy; it caps this at somaxconn."""
@@ -34,19 +34,23 @@ class Listener:
     Attributes:
         path: the file to remove when it closes.
         name: the host name it was asked for by, which a certificate may have to match.
+        given: what systemd calls it, if it gave it.
+        lasting: somebody else holds the socket too: its file stays when we close it.
     """
 
     sock: socket.socket
     path: str | None = None
     identity: tuple[int, int] | None = None
     name: str | None = None
+    given: str | None = None
+    lasting: bool = False
 
     def close(self) -> None:
         """Stop listening; remove the Unix socket we made, if it is still ours."""
         self.sock.close()
-        if self.path is not None:
+        if self.path is not None and not self.lasting:
             with contextlib.suppress(OSError):
-                if _identity(self.path) == self.identity:
+                if identity(self.path) == self.identity:
                     os.unlink(self.path)
 
     @property
@@ -58,20 +62,32 @@ class Listener:
         return self.name or str(name[0]), int(name[1])
 
 
-def listen(where: str, *, socket_mode: int = 0o600) -> list[Listener]:
+def listen(where: str, *, socket_mode: int = 0o600, replace: bool = False) -> list[Listener]:
     """Listen on one address of the command line.
+
+    With ``replace`` the socket of a server that is gone is removed first: a service that was
+    killed must come up again by itself.
 
     Raises:
         ConfigError: the address makes no sense.
         ListenError: it cannot be listened on; the message says what to do.
     """
     if where.startswith("unix:"):
-        return [_listen_unix(where.removeprefix("unix:"), socket_mode)]
-    host, port = _split(where)
+        path = where.removeprefix("unix:")
+        if replace and is_stale(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return [_listen_unix(path, socket_mode)]
+    host, port = split_address(where)
     return list(_listen_tcp(where, host, port))
 
 
-def _split(where: str) -> tuple[str | None, int]:
+def split_address(where: str) -> tuple[str | None, int]:
+    """Host, None for all addresses, and port.
+
+    Raises:
+        ConfigError: the text makes no sense.
+    """
     host, colon, port = where.rpartition(":")
     if not colon or "]" in port:
         host, port = where, str(NBD_PORT)
@@ -131,10 +147,26 @@ def _listen_unix(path: str, mode: int) -> Listener:
         raise ListenError(f"cannot listen on unix:{path}: {_why_not(path, error)}") from error
     finally:
         os.umask(previous)
-    return Listener(sock, path, _identity(path))
+    return Listener(sock, path, identity(path))
 
 
-def _identity(path: str) -> tuple[int, int]:
+def is_stale(path: str) -> bool:
+    """Is it a socket on which nobody listens any more?"""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def identity(path: str) -> tuple[int, int]:
+    """Device and inode of a file, not followed. Raises OSError if there is none."""
     info = os.lstat(path)
     return info.st_dev, info.st_ino
 
@@ -168,10 +200,14 @@ def activated_sockets(environ: Mapping[str, str]) -> list[Listener]:
     count = environ.get("LISTEN_FDS", "")
     if not re.fullmatch("[0-9]{1,4}", count):
         return []
-    return [_adopt(fd) for fd in range(FIRST_ACTIVATED_FD, FIRST_ACTIVATED_FD + int(count))]
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    return [
+        _adopt(FIRST_ACTIVATED_FD + n, names[n] if n < len(names) else "")
+        for n in range(int(count))
+    ]
 
 
-def _adopt(fd: int) -> Listener:
+def _adopt(fd: int, name: str) -> Listener:
     try:
         sock = socket.socket(fileno=fd)
         kind = sock.type
@@ -180,4 +216,4 @@ def _adopt(fd: int) -> Listener:
     if kind != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ConfigError(f"LISTEN_FDS: descriptor {fd} does not listen for streams; Accept=no?")
     os.set_inheritable(fd, False)
-    return Listener(sock)
+    return Listener(sock, given=name)

@@ -66,6 +66,8 @@ class Payloads:
     Attributes:
         arriving: has the rest of one still to come?
         waiting_for_memory: until then nothing is received.
+        received: bytes that came straight here and not with the requests.
+        slow_writes: WRITEs the Disk itself had to carry out.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Payloads:
         self._longest = RECEIVE_SIZE - writes.header_size
         self._payload: _Payload | None = None
         self.waiting_for_memory = False
+        self.received = 0
+        self.slow_writes = 0
 
     @property
     def arriving(self) -> bool:
@@ -140,7 +144,10 @@ class Payloads:
         """
         payload = self._payload
         assert payload is not None
-        if not payload.fill(self._channel, self._reactor.waste):
+        had = payload.have
+        complete = payload.fill(self._channel, self._reactor.waste)
+        self.received += payload.have - had
+        if not complete:
             return False
         self._payload = None
         if payload.refusal is not None:
@@ -187,6 +194,7 @@ class Payloads:
         self._slow.start(effect, self._slow.perform(effect, chosen))
 
     def _write_slowly(self, request: Request, data: memoryview, owner: Buffer | None) -> None:
+        self.slow_writes += 1
         if owner is None:
             owner = self._reactor.buffers.borrow(request.length)
             owner.data[: request.length] = data

@@ -21,9 +21,10 @@ class Sender:
     Attributes:
         used: bytes of the arena that hold replies not sent yet.
         out: what waits for the client to read.
+        sent: bytes that went straight to the socket; ``out`` counts its own.
     """
 
-    __slots__ = ("_channel", "_reactor", "out", "used")
+    __slots__ = ("_channel", "_reactor", "out", "sent", "used")
 
     def __init__(
         self, reactor: Reactor, channel: Channel, warm: Callable[[FilePart], None]
@@ -32,6 +33,7 @@ class Sender:
         self._channel = channel
         self.out = Outgoing(channel, reactor.buffers, warm)
         self.used = 0
+        self.sent = 0
 
     @property
     def arena(self) -> memoryview:
@@ -68,6 +70,7 @@ class Sender:
         sent = 0
         if not self.out.parts:
             sent = self._channel.send(view, more=more)
+            self.sent += sent
             if sent == used:
                 return True
         # Copied, not kept: a client that does not read pins what it is owed, not a whole arena.
@@ -92,4 +95,5 @@ class Sender:
                 if not count:
                     break
                 sent += count
+            self.sent += sent
         return sent

@@ -7,6 +7,8 @@
                cap reached:  the one that has waited longest makes room
 
 Stopping drains: no more clients, everything received is answered, then connections close.
+
+What is served, to whom and where may change while clients are attached: they keep what they have.
 """
 
 import asyncio
@@ -16,25 +18,33 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nbdsrv.disk.workers import Workers
+from nbdsrv.export.access import Peer
 from nbdsrv.export.exports import Catalogue, Export
 from nbdsrv.net.buffers import DEFAULT_BUDGET, Buffers
-from nbdsrv.net.channel import PlainChannel
+from nbdsrv.net.channel import PlainChannel, TlsChannel
 from nbdsrv.net.greeting import Greeting, Rejected, Settled
 from nbdsrv.net.listener import Listener
+from nbdsrv.net.measures import Histogram, Measures
+from nbdsrv.net.peer import peer_of
 from nbdsrv.net.reactor import Reactor
+from nbdsrv.net.session import Nobody, Observer, Session
 from nbdsrv.net.transmission import Transmission
+from protocol.constants import TransmissionFlag
 from protocol.handshake.events import TlsMode
 
-__all__ = ["Limits", "Server"]
+__all__ = ["Limits", "Server", "measured_as"]
 
 log = logging.getLogger(__name__)
 
 ACCEPT_BATCH = 64
 """Connections accepted before others have their turn."""
+WATCH_S = 0.1
+"""Seconds between turns of a client that are timed."""
 ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
 
@@ -57,7 +67,15 @@ class Limits:
 
 
 class Server:
-    """Serves a catalogue to any number of clients. Belongs to one event loop."""
+    """Serves a catalogue to any number of clients. Belongs to one event loop.
+
+    Attributes:
+        sessions: of all clients that have attached, by their transmission.
+        measures: of all exports somebody has ever used, by ``measured_as``.
+        lag: how late the loop was when it should have done something at a given time.
+        accepted: connections.
+        refused: of them, those that were refused an export, or shook hands in vain.
+    """
 
     def __init__(
         self,
@@ -67,7 +85,9 @@ class Server:
         limits: Limits | None = None,
         tls: TlsMode = TlsMode.OFF,
         context: ssl.SSLContext | None = None,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer: Observer = observer or Nobody()
         self._catalogue = catalogue
         self._limits = limits or Limits()
         self._tls = tls
@@ -77,7 +97,13 @@ class Server:
         self._listeners: list[Listener] = []
         self._greetings: dict[asyncio.Task[None], socket.socket] = {}  # in order of arrival
         self._dismissed: dict[asyncio.Task[None], socket.socket] = {}
-        self._clients: set[Transmission] = set()
+        self._watching: asyncio.TimerHandle | None = None
+        self._last_id = 0
+        self.sessions: dict[Transmission, Session] = {}
+        self.measures: dict[str, Measures] = {}
+        self.lag = Histogram()
+        self.accepted = 0
+        self.refused = 0
         self._releases: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -89,8 +115,75 @@ class Server:
             self._listeners.append(listener)
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
+    def unlisten(self, listeners: Iterable[Listener], *, close: bool = True) -> None:
+        """Accept nobody from these sockets any more, and close them."""
+        for listener in listeners:
+            self._listeners.remove(listener)
+            self._loop.remove_reader(listener.sock.fileno())
+            if close:
+                listener.close()
+
+    @property
+    def listeners(self) -> Sequence[Listener]:
+        """Where clients are accepted."""
+        return tuple(self._listeners)
+
+    @property
+    def limits(self) -> Limits:
+        """What clients are granted."""
+        return self._limits
+
+    @property
+    def tls(self) -> TlsMode:
+        """Who is served over TLS."""
+        return self._tls
+
+    @property
+    def buffers(self) -> Buffers:
+        """The memory that requests borrow."""
+        return self._reactor.buffers
+
+    @property
+    def handshakes(self) -> int:
+        """Clients that have not attached yet."""
+        return len(self._greetings)
+
+    def change(self, *, limits: Limits, tls: TlsMode, context: ssl.SSLContext | None) -> None:
+        """For whoever connects from now on. The memory budget stays what it is."""
+        self._limits, self._tls, self._context = limits, tls, context
+
+    def drop(self, session: Session, reason: str) -> None:
+        """End a client's connection at once; what it has in flight finishes unheard."""
+        if session.client in self.sessions:
+            session.client.reason = reason
+            session.client.abort()
+
+    def watch(self) -> None:
+        """Measure waits from now on: one turn of each client, ten times a second."""
+        if self._watching is None:
+            self._watch_again()
+
+    def _watch_again(self) -> None:
+        due = time.monotonic() + WATCH_S
+        self._watching = self._loop.call_later(WATCH_S, self._watch_now, due)
+
+    def _watch_now(self, due: float) -> None:
+        self.lag.add(max(0.0, time.monotonic() - due))
+        for client in self.sessions:
+            client.watch()
+        self._watch_again()
+
+    def forget_unserved(self) -> None:
+        """Drop the measures of exports that are gone and that nobody uses."""
+        names = {export.name for export in self._catalogue}
+        names |= {collection.name for collection in self._catalogue.collections}
+        names |= {measured_as(session.export) for session in self.sessions.values()}
+        for name in [name for name in self.measures if name not in names]:
+            del self.measures[name]
+
     def serve(self, sock: socket.socket) -> None:
         """Serve one connected client."""
+        self.accepted += 1
         self._make_room()
         self._empty.clear()
         task = self._loop.create_task(self._greet(sock))
@@ -109,12 +202,15 @@ class Server:
         self._listeners.clear()
         for task in list(self._greetings):
             self._dismiss(task)
-        for client in list(self._clients):
+        if self._watching is not None:
+            self._watching.cancel()
+        for client in list(self.sessions):
+            client.reason = "the server stops"
             client.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain_s):
                 await self._empty.wait()
-        for client in list(self._clients):
+        for client in list(self.sessions):
             client.abort()
         await self._empty.wait()
         if self._releases:
@@ -146,7 +242,7 @@ class Server:
 
     def _make_room(self) -> None:
         """At the cap, whoever has been shaking hands for longest gives way to the newcomer."""
-        if len(self._greetings) + len(self._clients) < self._limits.connections:
+        if len(self._greetings) + len(self.sessions) < self._limits.connections:
             return
         oldest = next(iter(self._greetings), None)
         if oldest is not None:
@@ -158,18 +254,23 @@ class Server:
         greeting.cancel()
 
     def _full(self) -> bool:
-        return len(self._clients) >= self._limits.connections
+        return len(self.sessions) >= self._limits.connections
 
     # --- one client ------------------------------------------------------
 
     async def _greet(self, sock: socket.socket) -> None:
         greeting = None
         settled = None
+        peer = peer_of(sock)
         try:
             if self._full():
-                raise Rejected(f"{self._limits.connections} clients are connected", fault=False)
+                reason = f"{self._limits.connections} clients are connected"
+                self._refused(peer, None, reason)
+                raise Rejected(reason, fault=False)
             channel = PlainChannel(sock)
-            greeting = Greeting(channel, self._catalogue, self._tls, self._context)
+            greeting = Greeting(
+                channel, self._catalogue, self._tls, self._context, peer, self._refused
+            )
             async with asyncio.timeout(self._limits.handshake_s):
                 settled = await greeting.settle()
         except TimeoutError:
@@ -185,16 +286,31 @@ class Server:
     def _transmit(self, settled: Settled | None) -> None:
         if settled is None:
             return
-        export = settled.export
-        log.info("session.open export=%r tls=%s", export.name, settled.channel.secure)
+        export, channel, agreement = settled.export, settled.channel, settled.agreement
+        measures = self.measures.setdefault(measured_as(export), Measures())
+        measures.attached += 1
         client = Transmission(
             self._reactor,
             settled.channel,
             settled.disk,
             settled.agreement,
             lambda: self._gone(client, export),
+            measures,
         )
-        self._clients.add(client)
+        self._last_id += 1
+        session = Session(
+            id=self._last_id,
+            peer=settled.peer,
+            export=export,
+            name=export.name,
+            read_only=TransmissionFlag.READ_ONLY in agreement.flags,
+            tls=(channel.sock.version() or "TLS") if isinstance(channel, TlsChannel) else "",
+            dialect=agreement.dialect.name.lower(),
+            client=client,
+        )
+        self.sessions[client] = session
+        log.info("session.open export=%r tls=%s", export.name, channel.secure)
+        self._observer.attached(session)
         client.start(settled.remainder)
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
@@ -207,7 +323,11 @@ class Server:
 
     def _gone(self, client: Transmission, export: Export) -> None:
         log.info("session.close export=%r", export.name)
-        self._clients.discard(client)
+        session = self.sessions.pop(client)
+        measures = self.measures.get(measured_as(export))
+        if measures is not None:
+            measures.departed.add(client.tally())
+        self._observer.detached(session, client.reason)
         release = self._loop.create_task(export.release())
         self._releases.add(release)
         release.add_done_callback(self._released)
@@ -217,6 +337,15 @@ class Server:
         self._check_empty()
 
     def _check_empty(self) -> None:
-        busy = self._greetings or self._dismissed or self._clients or self._releases
+        busy = self._greetings or self._dismissed or self.sessions or self._releases
         if not busy:
             self._empty.set()
+
+    def _refused(self, peer: Peer, export: str | None, reason: str) -> None:
+        self.refused += 1
+        self._observer.refused(peer, export, reason)
+
+
+def measured_as(export: Export) -> str:
+    """The name an export is counted under: restore points come and go, their repository stays."""
+    return export.name if export.collection is None else export.collection.name

@@ -17,12 +17,14 @@ import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 from nbdsrv.disk.disk import Disk, read_runs
 from nbdsrv.disk.runs import RemoteRun, Run, ZeroRun
 from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
+from nbdsrv.net.measures import Measures
 from nbdsrv.net.reactor import Reactor
 from protocol.constants import Command, CommandFlag, Errno
 from protocol.errors import LocalProtocolError
@@ -66,6 +68,7 @@ class SlowRequests:
         encoder: SimpleEncoder | ChunkEncoder,
         contexts: dict[int, str],
         deliver: Callable[[Answer], None],
+        measures: Measures,
     ) -> None:
         """``deliver`` sends an answer and becomes the owner of its buffers."""
         self._disk = disk
@@ -76,6 +79,8 @@ class SlowRequests:
         self._encoder = encoder
         self._contexts = contexts
         self._deliver = deliver
+        self._measures = measures
+        self._began: dict[int, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
         self._fetching = 0
@@ -213,10 +218,19 @@ class SlowRequests:
     def _begin(self, request: Request) -> None:
         self.in_flight += 1
         self._bytes += _weight(request)
+        self._began[id(request)] = perf_counter()
 
     def _end(self, request: Request) -> None:
         self.in_flight -= 1
         self._bytes -= _weight(request)
+        took = perf_counter() - self._began.pop(id(request))
+        measures = self._measures
+        if request.command == Command.READ:
+            measures.reads.add(took)
+        elif request.command == Command.WRITE:
+            measures.writes.add(took)
+        else:
+            measures.others.add(took)
 
     async def read(self, request: Request) -> Answer:
         """READ: holes as holes where the dialect has them and DF does not forbid it."""
@@ -340,6 +354,7 @@ class SlowRequests:
 
     def failure(self, request: Request, error: BaseException) -> bytes:
         """The error reply for an exception; what is not a DiskError is our bug, hence EIO."""
+        self._measures.failed += 1
         number = error.errno if isinstance(error, DiskError | OSError) else None
         errno = wire_errno(number)
         fast = request.flags & CommandFlag.FAST_ZERO and request.command == Command.WRITE_ZEROES

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import make_resident
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.measured import Measured
+from nbdsrv.net.measures import Measures
 from nbdsrv.net.outgoing import FilePart
 from nbdsrv.net.payload import Payloads, Refusal
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
@@ -68,10 +70,13 @@ _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
 
-class Transmission:
+class Transmission(Measured):
     """Serves one client until it leaves. Belongs to the loop.
 
     ``on_closed`` is called once, when the socket is closed and nothing is in flight any more.
+
+    Attributes:
+        reason: why it ended, once it has.
     """
 
     def __init__(
@@ -81,7 +86,9 @@ class Transmission:
         disk: Disk,
         agreement: Agreement,
         on_closed: Callable[[], None],
+        measures: Measures,
     ) -> None:
+        self.reason = "left"
         self._reactor = reactor
         self._channel = channel
         self._disk = disk
@@ -89,6 +96,7 @@ class Transmission:
         dialect = agreement.dialect
         extended = dialect is Dialect.EXTENDED
         self._frame = EXTENDED_REQUEST if extended else REQUEST
+        super().__init__(measures, self._frame.size)
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._framing = Framing(dialect)
         self._rules = Rules(
@@ -99,10 +107,14 @@ class Transmission:
             has_contexts=bool(agreement.contexts),
         )
         self._encoder = encoder(dialect)
-        self._slow = SlowRequests(disk, reactor, self._encoder, agreement.contexts, self._deliver)
+        self._slow = SlowRequests(
+            disk, reactor, self._encoder, agreement.contexts, self._deliver, measures
+        )
         self._sender = Sender(reactor, channel, self._warm)
         self._reads = Reads(disk, reactor, self._sender, self._encoder, dialect, channel.secure)
-        self._writes = Writes(disk, reactor, channel, self._encoder, dialect, self._streak_ended)
+        self._writes = Writes(
+            disk, reactor, channel, self._encoder, dialect, self._streak_ended, measures
+        )
         self._payloads = Payloads(
             reactor,
             channel,
@@ -132,6 +144,7 @@ class Transmission:
     def start(self, remainder: bytes = b"") -> None:
         """Begin to serve; ``remainder`` are bytes that came with the handshake."""
         self._left = remainder
+        self._received += len(remainder)
         self._reactor.add(self._channel.fileno(), self, self._mask)
         if remainder or self._channel.pending():
             self._more = True
@@ -190,7 +203,7 @@ class Transmission:
             # socket or lent it.
             if events & _READ and self._mask & _READ:
                 if not self._quick:
-                    self._turn()
+                    (self._timed_turn if self._timed else self._turn)()
                 elif self._answer_reads():
                     return
             elif events & (select.EPOLLERR | select.EPOLLHUP):
@@ -218,6 +231,7 @@ class Transmission:
             self._after()
 
     def _lost(self, error: BaseException | None) -> None:
+        self.reason = f"lost: {error}"
         if isinstance(error, OSError):
             log.info("session.lost reason=%s", error)
         else:
@@ -237,7 +251,7 @@ class Transmission:
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
         half_done = self._left or self._payloads.arriving or self._end_of_stream
-        self._quick = not (half_done or self._draining)
+        self._quick = not (half_done or self._draining or self._timed)
         if self._closed or self._writes.lent:
             self._mask = 0
             return
@@ -270,8 +284,10 @@ class Transmission:
             self._keep(rx, 0, 0)
             return False
         at = self._reads.serve(rx, 0, min(end, self._turn_length))
+        self._quick_received += at
         if at == end:
             return self._sender.push() and not self._channel.pending()
+        self._received += end - at
         if self._sender.out.parts:  # the client must read first
             self._sender.push()
             self._keep(rx, at, end)
@@ -297,6 +313,7 @@ class Transmission:
                 self._end_of_stream = True
             elif count is not None:
                 end += count
+                self._received += count
         self._serve(rx, 0, end)
 
     def _serve(self, rx: memoryview, at: int, end: int) -> None:
@@ -362,6 +379,7 @@ class Transmission:
             if not self._draining:
                 before = at
                 at = self._reads.serve(rx, at, min(end, at + self._turn_length))
+                self._quick_frames += at - before
                 requests += (at - before) // size
                 if end - at < size or sender.out.parts or requests >= TURN_REQUESTS:
                     break
@@ -410,10 +428,13 @@ class Transmission:
             self._refuse(request, Errno.EINVAL, "PAYLOAD_LEN without a payload")
             return body
         if request.command == Command.READ:
+            self._reads_begun += 1
             self._read(request)
         elif request.command == Command.WRITE:
+            self._empty_writes += 1
             self._sender.emit(self._encoder.done(request.cookie, request.offset))
         else:
+            self._others += 1
             self._slow.start(request, self._slow.perform(request))
         return body
 
@@ -473,4 +494,5 @@ class Transmission:
             self._after()
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:
+        self._refusals += 1
         self._sender.emit(self._encoder.error(request.cookie, request.offset, errno, text))

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.flights import Landing
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.measures import Measures
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from protocol.constants import Dialect
 from protocol.headers import EXTENDED_REQUEST, EXTENDED_WRITE_KEY, REQUEST, WRITE_KEY
@@ -42,7 +44,7 @@ STREAK_S = 0.02
 SPIN_S = 0.00005
 """Seconds it looks for the next write before it gives the connection back."""
 
-NO_WINDOW = (0, 0, -1, 0)
+NO_WINDOW = (0, 0, -1, 0, 0)
 
 Write = tuple[int, int, int, int, memoryview, bool]
 """cookie, disk offset, file descriptor, file position, data, FUA."""
@@ -71,6 +73,9 @@ class Writes:
     Attributes:
         lent: a thread has the connection.
         recalled: set it to have the connection back soon.
+        received: bytes threads took from the socket.
+        sent: bytes they gave to it.
+        stored: writes carried out.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Writes:
         encoder: SimpleEncoder | ChunkEncoder,
         dialect: Dialect,
         returned: Callable[[Streak | None, BaseException | None], None],
+        measures: Measures,
     ) -> None:
         """``returned`` is called on the loop when a thread is done with the connection."""
         self._disk = disk
@@ -92,12 +98,21 @@ class Writes:
         self._frame = EXTENDED_REQUEST if extended else REQUEST
         self._key = EXTENDED_WRITE_KEY if extended else WRITE_KEY
         self._window = NO_WINDOW
-        self._epoch = disk.epoch
+        self._landing = disk.landing
+        self._clock: Disk | Landing = disk.landing or disk
+        self._epoch = self._clock.epoch
         self._writes: list[Write] = []
         self._owners: list[Buffer] = []
         self.lent = False
         self.recalled = False
         self._mute = False
+        self._ticket = 0
+        self._measures = measures
+        self._lent_at = 0.0
+        self._waits: list[tuple[float, int]] = []
+        self.received = 0
+        self.sent = 0
+        self.stored = 0
 
     @property
     def header_size(self) -> int:
@@ -115,10 +130,10 @@ class Writes:
         Returns:
             Where it stopped, at the first request that is anything else.
         """
-        if self._epoch != self._disk.epoch:
-            self._epoch = self._disk.epoch
+        if self._epoch != self._clock.epoch:
+            self._epoch = self._clock.epoch
             self._window = NO_WINDOW
-        start, stop, fd, shift = self._window
+        start, stop, fd, shift, mask = self._window
         unpack_from, size, write_key = self._frame.unpack_from, self._frame.size, self._key
         append = self._writes.append
         while end - at >= size:
@@ -127,7 +142,7 @@ class Writes:
             after = data + length
             if key != write_key or after > end or not length:
                 break
-            if offset < start or offset + length > stop:
+            if offset < start or offset + length > stop or (offset | length) & mask:
                 break
             append((cookie, offset, fd, offset + shift, rx[data:after], False))
             at = after
@@ -135,21 +150,31 @@ class Writes:
 
     def place(self, offset: int, length: int) -> bool:
         """May this write be ``add``-ed? Otherwise only ``Disk.write`` will do."""
-        start, stop, _, _ = self._window
-        if self._epoch == self._disk.epoch and start <= offset and offset + length <= stop:
+        start, stop, _, _, mask = self._window
+        inside = start <= offset and offset + length <= stop and not (offset | length) & mask
+        if inside and self._epoch == self._clock.epoch:
             return True
-        run = self._disk.place(offset, length)
-        if run is None:
+        landing = self._landing
+        if landing is not None and not (offset | length) & (landing.unit - 1):
+            placed = landing.place(offset, length)
+            if placed is not None:
+                start, run = placed
+                self._epoch = landing.epoch
+                shift = run.position - start
+                self._window = (start, start + run.length, run.fd, shift, landing.unit - 1)
+                return True
+        found = self._disk.place(offset, length)
+        if found is None:
             return False
-        self._epoch = self._disk.epoch
-        self._window = (offset, offset + run.length, run.fd, run.position - offset)
+        self._epoch = self._clock.epoch
+        self._window = (offset, offset + found.length, found.fd, found.position - offset, 0)
         return True
 
     def add(
         self, cookie: int, offset: int, data: memoryview, owner: Buffer | None, *, durable: bool
     ) -> None:
         """One write more. Without ``owner`` its data lies in the reactor's receive buffer."""
-        _, _, fd, shift = self._window
+        _, _, fd, shift, _ = self._window
         self._writes.append((cookie, offset, fd, offset + shift, data, durable))
         if owner is not None:
             self._owners.append(owner)
@@ -170,6 +195,9 @@ class Writes:
         self.lent = True
         self.recalled = alone or mute
         self._mute = mute
+        self._lent_at = perf_counter()
+        if self._landing is not None:
+            self._ticket = self._landing.begin()
         reactor.remove(self._channel.fileno())
         reactor.workers.submit(self._streak, buffer.data, at, end, done=self._done)
 
@@ -182,20 +210,31 @@ class Writes:
 
     def _done(self, streak: Streak | None, error: BaseException | None) -> None:
         self.lent = False
+        if self._landing is not None:
+            self._landing.end(self._ticket)
         self.drop()
+        for wait in self._waits:  # here: the export's measures belong to the loop
+            self._measures.writes.add(*wait)
+        self._waits.clear()
         self._returned(streak, error)
 
     # --- in a thread ------------------------------------------------------
 
     def _streak(self, rx: memoryview, at: int, end: int) -> Streak:
         """Store, reply, receive, until something else than a plain write has come."""
-        send, ends = self._channel.send, perf_counter() + STREAK_S
+        send, ends, began = self._channel.send, perf_counter() + STREAK_S, self._lent_at
         while True:
+            count = len(self._writes)
             replies = self._store()
             sent = 0 if self._mute else send(replies)
+            self.stored += count
+            self.sent += sent
+            now = perf_counter()
+            self._waits.append((now - began, count))
             streak = Streak(unsent=replies[sent:], torn=sent > 0)
-            if not streak.unsent and not self.recalled and perf_counter() < ends:
+            if not streak.unsent and not self.recalled and now < ends:
                 at, end = self._receive(rx, at, end, streak)
+                began = perf_counter()
                 if self._writes:
                     continue
             streak.left = bytes(rx[at:end])
@@ -228,6 +267,7 @@ class Writes:
                 streak.end_of_stream = True
                 return at, end
             end += count
+            self.received += count
 
     def _wanted(self, rx: memoryview, at: int, end: int) -> int:
         """Bytes of the incomplete plain write that begins ``rx[at:end]``; 0 if it is none."""
@@ -235,14 +275,18 @@ class Writes:
         if end - at < size:
             return size
         key, _, offset, length = self._frame.unpack_from(rx, at)
-        start, stop, _, _ = self._window
+        start, stop, _, _, mask = self._window
         plain = key == self._key and start <= offset and offset + length <= stop
+        plain = plain and not (offset | length) & mask
         return size + length if plain and 0 < length <= RECEIVE_SIZE - size else 0
 
     def _store(self) -> bytes:
         """Store what was collected; returns all replies."""
         writes = self._writes
         failures = store(writes)
+        if self._landing is not None:  # before anybody is told that it is done
+            done_well = [w for i, w in enumerate(writes) if i not in failures]
+            self._landing.stored.extend([(w[1], len(w[4])) for w in done_well])
         if failures:
             replies = [self._reply(write, failures.get(i)) for i, write in enumerate(writes)]
         else:

@@ -176,6 +176,12 @@ class QmpClient:
         except TimeoutError:
             raise SourceError(f"{self.name}: {what} takes more than {timeout_s:g} s") from None
 
+    async def stirred(self, timeout_s: float) -> None:
+        """Return at the next event, or after ``timeout_s``."""
+        self._stirred.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stirred.wait(), timeout_s)
+
     async def close(self) -> None:
         """Hang up. Idempotent."""
         self._fail("closed")

@@ -13,6 +13,7 @@ import pytest
 from authority import Certificates
 from cryptography.hazmat.primitives import serialization
 
+from nbdsrv.export.grammar import REPOSITORIES
 from tests.cli.program import hidden_from, nbdsrv, refusal
 
 FAILED, USAGE = 1, 2
@@ -88,18 +89,11 @@ def test_a_chain_whose_parent_is_gone(tmp_path: Path) -> None:
         assert str(path) in said
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "xo:/r",
-        "pbs:/r",
-        "restic:/r",
-    ],
-)
-def test_kinds_of_source_that_come_later(source: str) -> None:
-    said = refusal(FAILED, "info", source)
-    assert source.partition(":")[2] in said
-    assert "not served yet" in said
+@pytest.mark.parametrize("kind", sorted(REPOSITORIES - {"repo+s3", "xo+s3"}))
+@pytest.mark.parametrize("command", ["info", "ls", "verify", "serve"])
+def test_repositories_that_are_not_there(kind: str, command: str, tmp_path: Path) -> None:
+    said = refusal(FAILED, command, f"{kind}:{tmp_path}/no/such")
+    assert f"{tmp_path}/no/such" in said
 
 
 @pytest.mark.parametrize(

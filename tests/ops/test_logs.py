@@ -1,7 +1,9 @@
 """Log lines: where they go, and how many."""
 
+import json
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 
@@ -37,3 +39,30 @@ def test_each_v_shows_more_once_and_on_standard_error(verbosity: int, lines: lis
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == ""
     assert done.stderr.splitlines() == lines
+
+
+JSON_SCRIPT = """
+import logging
+from nbdsrv.ops.logs import set_up
+set_up(0, "json")
+log = logging.getLogger("nbdsrv.net.server")
+log.warning("accept.pause reason=%s", "full\\nof it", extra={"fields": {"reason": b"full"}})
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    log.error("session.bug", exc_info=error)
+"""
+
+
+def test_json_is_one_object_a_line_whatever_it_holds() -> None:
+    command = [sys.executable, "-c", JSON_SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    first, second = map(json.loads, done.stderr.splitlines())
+    assert (first["level"], first["event"], first["reason"]) == (
+        "warning",
+        "accept.pause",
+        "b'full'",
+    )
+    assert first["logger"] == "nbdsrv.net.server"
+    assert datetime.fromisoformat(first["time"]).tzinfo is not None
+    assert "ZeroDivisionError" in second["traceback"]

@@ -1,0 +1,68 @@
+"""What a ``Transmission`` counts about itself.
+
+::
+
+    _answer_reads    _quick_received   the commonest turn: one addition in all
+    everything else  _received  _quick_frames  _reads_begun ...
+
+Rule: ints, added to where a batch ends. Nothing here is locked: it belongs to the loop, and what a
+thread counts while it has the connection is the thread's own (``Writes``).
+"""
+
+from time import perf_counter
+
+from nbdsrv.net.measures import Measures, Tally
+from nbdsrv.net.payload import Payloads
+from nbdsrv.net.sender import Sender
+from nbdsrv.net.writes import Writes
+
+__all__ = ["Measured"]
+
+
+class Measured:
+    """Base of ``Transmission``. ``_quick`` is its: may the next turn take the short way?"""
+
+    _quick: bool
+    _sender: Sender
+    _writes: Writes
+    _payloads: Payloads
+
+    def __init__(self, measures: Measures, frame: int) -> None:
+        """``frame`` is the bytes of a request header."""
+        self._measures = measures
+        self._frame_size = frame
+        self._received = 0  # bytes, those of ``_answer_reads`` apart
+        self._quick_received = 0  # bytes: frames of reads, answered in the commonest turn
+        self._quick_frames = 0  # bytes: frames of reads, answered at once in any other
+        self._reads_begun = self._empty_writes = self._others = self._refusals = 0
+        self._timed = False
+
+    def tally(self) -> Tally:
+        """What has been moved so far. A write that a thread is storing right now may be missing."""
+        writes, sender, payloads = self._writes, self._sender, self._payloads
+        quick = (self._quick_received + self._quick_frames) // self._frame_size
+        return Tally(
+            received=self._received + self._quick_received + writes.received + payloads.received,
+            sent=sender.sent + sender.out.sent + writes.sent,
+            reads=quick + self._reads_begun,
+            quick=quick,
+            writes=writes.stored + payloads.slow_writes + self._empty_writes,
+            others=self._others,
+            refused=self._refusals,
+        )
+
+    def watch(self) -> None:
+        """Time the next turn. It goes the long way round, so that the short one need not ask."""
+        self._timed = True
+        self._quick = False
+
+    def _timed_turn(self) -> None:
+        self._timed = False
+        before, began = self._quick_frames, perf_counter()
+        self._turn()
+        served = (self._quick_frames - before) // self._frame_size
+        if served:
+            self._measures.quick.add(perf_counter() - began, served)
+
+    def _turn(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,216 @@
+"""``serve --overlay`` and ``overlay ...`` with real processes: killed, restarted, committed."""
+
+import asyncio
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
+from nbdsrv.overlay.place import in_use
+from nbdsrv.source.nbd import open_nbd
+from tests.disk.reading import content
+from tests.overlay.bases import make_base
+from tests.overlay.server import (
+    nbdsrv,
+    nbdsrv_json,
+    running_server,
+    start_server,
+    until,
+    uri,
+)
+
+SIZE = 8 << 20
+BLOCK = 4096
+
+
+def digest(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and "leases" not in path.parts
+    }
+
+
+def repository_with_a_point(tmp_path: Path) -> tuple[str, bytes]:
+    base = make_base(tmp_path / "sda.img", SIZE)
+    repository = f"repo:{tmp_path}/repo"
+    nbdsrv("init", repository, "--chunk-size", "64K", "--quiet")
+    nbdsrv("backup", f"{tmp_path}/sda.img", "--to", repository, "--group", "vm1", "--quiet")
+    return repository, base
+
+
+async def test_killed_again_and_again(tmp_path: Path, workers: Workers) -> None:
+    """What was flushed before a kill -9 is there after it; the rest is old or new."""
+    base = make_base(tmp_path / "base.img", SIZE)
+    socket, chance = tmp_path / "s", random.Random(7)
+    flushed = bytearray(base)
+    for turn in range(4):
+        server = start_server(socket, f"{tmp_path}/base.img", "--overlay", f"{tmp_path}/ov")
+        try:
+            disk = await open_nbd(uri(socket), workers, writable=True)
+            found = await content(disk, 0, SIZE)
+            assert found == bytes(flushed), f"turn {turn}"
+            for step in range(60):
+                at = chance.randrange(SIZE // 512 - 40) * 512
+                data = chance.randbytes(chance.choice((512, BLOCK, 5 * BLOCK)))
+                at = at // BLOCK * BLOCK if len(data) == BLOCK else at
+                await disk.write(at, memoryview(data))
+                flushed[at : at + len(data)] = data
+                if step % 9 == 8:
+                    await disk.flush()
+            await disk.flush()
+            # And some that nobody flushes, while the server dies.
+            place = SIZE - (40 << 12)
+            busy = [
+                asyncio.ensure_future(disk.write(place + (n << 12), memoryview(b"?" * BLOCK)))
+                for n in range(40)
+            ]
+            await asyncio.sleep(0.001 * turn)
+        finally:
+            server.kill()
+            server.communicate()
+        await asyncio.gather(*busy, return_exceptions=True)
+        with pytest.raises(DiskError):
+            await disk.flush()
+        await disk.close()
+        server = start_server(socket, f"{tmp_path}/base.img", "--overlay", f"{tmp_path}/ov")
+        disk = await open_nbd(uri(socket), workers)
+        tail = await content(disk, place, SIZE - place)
+        for at in range(0, len(tail), BLOCK):
+            part = tail[at : at + BLOCK]
+            assert part in {b"?" * BLOCK, bytes(flushed[place + at : place + at + BLOCK])}
+        flushed[place:] = tail
+        await disk.close()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        server.communicate()
+    assert (tmp_path / "base.img").read_bytes() == base
+
+
+async def test_commit_while_the_guest_writes(tmp_path: Path, workers: Workers) -> None:
+    repository, base = repository_with_a_point(tmp_path)
+    (first,) = nbdsrv_json("ls", repository)
+    before = digest(tmp_path / "repo")
+    overlay = f"{tmp_path}/ov/vm1/sda@latest"
+    socket, model = tmp_path / "s", bytearray(base)
+    with running_server(socket, repository, "--overlay", f"{tmp_path}/ov"):
+        guest = await open_nbd(uri(socket, "vm1/sda"), workers, writable=True)
+        for at, data in ((1000, b"a" * 9000), (1 << 20, b"b" * 65536), (SIZE - 700, b"c" * 700)):
+            await guest.write(at, memoryview(data))
+            model[at : at + len(data)] = data
+        await guest.trim(2 << 20, 1 << 20)
+        model[2 << 20 : 3 << 20] = bytes(1 << 20)
+
+        async def scribble() -> None:
+            chance = random.Random(1)
+            while True:
+                at = chance.randrange(4 << 20, (7 << 20) // BLOCK * BLOCK) // BLOCK * BLOCK
+                await guest.write(at, memoryview(chance.randbytes(BLOCK)))
+
+        # The moment is somewhere in between: compare where nobody scribbles.
+        writer = asyncio.ensure_future(scribble())
+        (row,) = await asyncio.to_thread(
+            nbdsrv_json, "overlay", "commit", overlay, "--to", repository
+        )
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+        assert row["mode"] == "incremental"
+        assert row["read_bytes"] < SIZE
+        assert (row["group"], row["disk"]) == ("vm1", "sda")
+        # With the guest holding still, bit by bit; the parent is the served point still.
+        quiet = await content(guest, 0, SIZE)
+        assert quiet[: 4 << 20] == model[: 4 << 20]
+        (second,) = await asyncio.to_thread(
+            nbdsrv_json, "overlay", "commit", overlay, "--to", repository
+        )
+        points = nbdsrv_json("ls", repository)
+        assert [point["parent"] for point in points] == [None, first["point"], first["point"]]
+        (tmp_path / "quiet").write_bytes(quiet)
+        source = f"{repository}#vm1/sda@{second['point']}"
+        nbdsrv("compare", source, f"raw:{tmp_path}/quiet")
+        assert in_use(str(tmp_path / "ov" / "vm1%2Fsda%40latest"))
+        nbdsrv("overlay", "drop", overlay, code=1)
+        await guest.close()
+    assert {name: before[name] for name in before} == {
+        name: value for name, value in digest(tmp_path / "repo").items() if name in before
+    }
+    # Not served, and over the old point although there are newer ones.
+    (third,) = nbdsrv_json("overlay", "commit", overlay, "--to", repository)
+    assert third["mode"] == "incremental"
+    nbdsrv("compare", f"{repository}#vm1/sda@{third['point']}", f"raw:{tmp_path}/quiet")
+    (row,) = nbdsrv_json("overlay", "ls", f"{tmp_path}/ov")
+    assert row["selector"] == f"vm1/sda@{first['point']}"
+    nbdsrv("overlay", "drop", overlay)
+    assert nbdsrv_json("overlay", "ls", f"{tmp_path}/ov") == []
+
+
+async def test_latest_does_not_move_under_an_overlay(tmp_path: Path, workers: Workers) -> None:
+    repository, base = repository_with_a_point(tmp_path)
+    socket = tmp_path / "s"
+    arguments = (repository, "--overlay", f"{tmp_path}/ov")
+    with running_server(socket, *arguments):
+        guest = await open_nbd(uri(socket, "vm1/sda@latest"), workers, writable=True)
+        await guest.write(0, memoryview(b"mine"))
+        await guest.close()
+        (tmp_path / "sda.img").write_bytes(b"newer" + base[5:])
+        nbdsrv("backup", f"{tmp_path}/sda.img", "--to", repository, "--group", "vm1", "--quiet")
+        again = await open_nbd(uri(socket, "vm1/sda"), workers)
+        assert await content(again, 0, SIZE) == b"mine" + base[4:]
+        await again.close()
+    with running_server(socket, *arguments):
+        again = await open_nbd(uri(socket, "vm1/sda@latest"), workers)
+        assert await content(again, 0, SIZE) == b"mine" + base[4:]
+        await again.close()
+        nbdsrv("overlay", "drop", f"{tmp_path}/ov/vm1/sda@latest")
+        newest = await open_nbd(uri(socket, "vm1/sda@latest"), workers)
+        assert await content(newest, 0, SIZE) == b"newer" + base[5:]
+        await newest.close()
+
+
+async def test_a_commit_that_is_killed_thaws(tmp_path: Path, workers: Workers) -> None:
+    make_base(tmp_path / "base.img", SIZE)
+    socket = tmp_path / "s"
+    door = tmp_path / "ov" / "base.img" / "frozen.sock"
+    with running_server(socket, f"{tmp_path}/base.img", "--overlay", f"{tmp_path}/ov"):
+        guest = await open_nbd(uri(socket), workers, writable=True)
+        await guest.write(0, memoryview(b"before"))
+        assert oct(os.stat(door).st_mode & 0o777) == "0o600"
+        code = (
+            "import socket,sys,time; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+            "s.recv(18); z=bytes; s.sendall(z([0,0,0,3])+b'IHAVEOPT'+z([0,0,0,7,0,0,0,12,0,0,0,6])"
+            "+b'frozen'+z(2)); s.recv(20); print('frozen', flush=True); time.sleep(60)"
+        )
+        reader = subprocess.Popen(
+            [sys.executable, "-c", code, str(door)], stdout=subprocess.PIPE, text=True
+        )
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "frozen\n"
+        await guest.write(0, memoryview(b"after!"))
+        assert await _moment(door, workers) == b"before"  # who comes meanwhile sees the same one
+        reader.kill()
+        reader.communicate()
+        async with asyncio.timeout(20):
+            while await _moment(door, workers) != b"after!":
+                await asyncio.sleep(0.02)
+        await guest.close()
+    await until(lambda: not in_use(str(tmp_path / "ov" / "base.img")))
+
+
+async def _moment(door: Path, workers: Workers) -> bytes:
+    disk = await open_nbd(uri(door, "frozen"), workers)
+    try:
+        return await content(disk, 0, 6)
+    finally:
+        await disk.close()
+
+
+def test_a_running_vm_has_no_overlay(tmp_path: Path) -> None:
+    text = nbdsrv("serve", "qemu:/nowhere", "--overlay", f"{tmp_path}/ov", code=2)
+    assert "a running VM has no overlay" in text

@@ -1,0 +1,300 @@
+"""A full disk, a failing one, another base, another server, damaged files."""
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
+from nbdsrv.overlay.block_map import PAGE_BLOCKS, BlockMap, packed
+from nbdsrv.overlay.facts import overlay_facts
+from nbdsrv.overlay.files import Files
+from nbdsrv.overlay.map_file import read_map
+from nbdsrv.overlay.place import Place, directory_name, find_overlay
+from tests.disk.reading import content
+from tests.overlay.bases import make_base, opener
+
+BLOCK = 4096
+SIZE = 32 * BLOCK
+
+
+class Failing(Files):
+    """Raises ``error`` where ``when`` says so."""
+
+    def __init__(self, call: str, error: int) -> None:
+        self.call = call
+        self.error = error
+        self.broken = False
+
+    def _fail(self, call: str) -> None:
+        if self.broken and call == self.call:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def write(self, fd: int, views: Sequence[memoryview | bytes], position: int) -> None:
+        self._fail("write")
+        if self.broken and self.call == "map" and os.fstat(fd).st_size < SIZE:
+            super().write(fd, [bytes(views[0])[:7]], position)
+            raise OSError(self.error, os.strerror(self.error))
+        super().write(fd, views, position)
+
+    def sync_data(self, fd: int) -> None:
+        self._fail("sync_data")
+        super().sync_data(fd)
+
+
+async def test_a_full_disk_fails_one_write_only(tmp_path: Path, workers: Workers) -> None:
+    base = make_base(tmp_path / "base", SIZE)
+    files = Failing("write", errno.ENOSPC)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov", files=files)
+    disk = await open_()
+    await disk.write(0, memoryview(b"first" * 1000))
+    files.broken = True
+    with pytest.raises(DiskError) as caught:
+        await disk.write(BLOCK * 9, memoryview(b"second" * 1000))
+    assert caught.value.errno == errno.ENOSPC
+    files.broken = False
+    await disk.flush()
+    await disk.close()
+    disk = await open_()
+    assert await content(disk, 0, SIZE) == b"first" * 1000 + base[5000:]
+    await disk.close()
+
+
+async def test_a_full_disk_at_a_flush_is_told_and_made_up_for(
+    tmp_path: Path, workers: Workers
+) -> None:
+    base = make_base(tmp_path / "base", SIZE)
+    files = Failing("map", errno.ENOSPC)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov", files=files)
+    disk = await open_()
+    await disk.write(0, memoryview(b"first" * 1000))
+    files.broken = True
+    for _ in range(2):
+        with pytest.raises(DiskError) as caught:
+            await disk.flush()
+        assert caught.value.errno == errno.ENOSPC
+    files.broken = False
+    await disk.write(BLOCK * 3, memoryview(b"b" * BLOCK))
+    await disk.flush()
+    expected = b"first" * 1000 + base[5000 : BLOCK * 3] + b"b" * BLOCK + base[BLOCK * 4 :]
+    await disk.close()
+    disk = await open_()
+    assert await content(disk, 0, SIZE) == expected
+    await disk.close()
+
+
+async def test_a_failed_sync_is_never_forgotten(tmp_path: Path, workers: Workers) -> None:
+    make_base(tmp_path / "base", SIZE)
+    files = Failing("sync_data", errno.EIO)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov", files=files)
+    disk = await open_()
+    await disk.write(0, memoryview(b"first" * 1000))
+    await disk.flush()
+    assert disk.place(0, 100) is not None
+    files.broken = True
+    with pytest.raises(DiskError) as caught:
+        await disk.flush()
+    assert caught.value.errno == errno.EIO
+    files.broken = False
+    with pytest.raises(DiskError, match="earlier flush failed"):
+        await disk.flush()
+    assert disk.place(0, 100) is None
+    await disk.close()
+    disk = await open_()
+    await disk.flush()
+    assert (await content(disk, 0, 5000)) == b"first" * 1000
+    await disk.close()
+
+
+async def test_another_base_is_refused(tmp_path: Path, workers: Workers) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x"))
+    await disk.close()
+    before = os.stat(tmp_path / "base")
+    with (tmp_path / "base").open("r+b") as file:
+        file.write(b"somebody else")
+    with pytest.raises(DiskError, match="has been written to since"):
+        await open_()
+    os.utime(tmp_path / "base", ns=(before.st_atime_ns, before.st_mtime_ns))
+    await (await open_()).close()
+    os.truncate(tmp_path / "base", SIZE + 512)
+    with pytest.raises(DiskError, match="its size is"):
+        await open_()
+
+
+async def test_one_server_at_a_time(tmp_path: Path, workers: Workers) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x"))
+    with pytest.raises(DiskError, match=f"in use by process {os.getpid()}") as caught:
+        await open_()
+    assert caught.value.errno == errno.EBUSY
+    facts = overlay_facts(str(tmp_path / "ov" / "disk"))
+    assert (facts.in_use, facts.pid) == (True, os.getpid())
+    await disk.close()
+    facts = overlay_facts(str(tmp_path / "ov" / "disk"))
+    assert (facts.in_use, facts.pid, facts.dirty_bytes) == (False, 0, BLOCK)
+    place = Place.take(str(tmp_path / "ov" / "disk"), create=False)
+    place.remove()
+    place.let_go()
+    assert os.listdir(tmp_path / "ov") == []
+
+
+async def test_looking_leaves_nothing(tmp_path: Path, workers: Workers) -> None:
+    base = make_base(tmp_path / "base", SIZE)
+    disk = await opener(workers, tmp_path / "base", tmp_path / "ov")()
+    assert await content(disk, 0, SIZE) == base
+    await disk.flush()
+    await disk.close()
+    assert os.listdir(tmp_path / "ov") == []
+
+
+async def test_lost_description_is_no_reason_to_begin_anew(
+    tmp_path: Path, workers: Workers
+) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.close()
+    (tmp_path / "ov" / "disk" / "overlay.json").rename(tmp_path / "kept")
+    with pytest.raises(CorruptImage, match="is missing"):
+        await open_()
+    (tmp_path / "kept").rename(tmp_path / "ov" / "disk" / "overlay.json")
+    await (await open_()).close()
+
+
+async def test_a_truncated_data_file_is_told(tmp_path: Path, workers: Workers) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.close()
+    os.truncate(tmp_path / "ov" / "disk" / "data", SIZE - BLOCK)
+    with pytest.raises(CorruptImage, match="truncated"):
+        await open_()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"format": 2}, {"size": -1}, {"id": "xy"}, {"base": []}, {"size": "big"}],
+)
+async def test_descriptions_that_make_no_sense(
+    tmp_path: Path, workers: Workers, changes: dict[str, object]
+) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.close()
+    path = tmp_path / "ov" / "disk" / "overlay.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises((CorruptImage, UnsupportedImage)):
+        await open_()
+
+
+@pytest.fixture(scope="module")
+def map_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A map with pages and frames."""
+    from nbdsrv.overlay.map_file import MapFile, write_first_map
+
+    path = tmp_path_factory.mktemp("map")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    files, id_ = Files(), bytes(range(16))
+    write_first_map(files, fd, id_, SIZE)
+    with (path / "map").open("rb") as file:
+        replayed = read_map(file.fileno(), "map", id_, SIZE)
+    map_file = MapFile(files, fd, "map", id_, SIZE, replayed)
+    map_file.open()
+    states = BlockMap()
+    states.set(3, 9, 1)
+    states.set(20, 21, 3)
+    map_file.renew([(number, packed(page)) for number, page in states.pages()], [])
+    map_file.append([(1, 2, 2), (9, 14, 1)])
+    map_file.append([(30, 32, 3)])
+    map_file.close()
+    os.close(fd)
+    return (path / "map").read_bytes()
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_map_is_an_error_or_ends_early(
+    tmp_path: Path, map_bytes: bytes, data: st.DataObject
+) -> None:
+    """Never a traceback; and of what is shown, no state is one that nobody has written."""
+    broken = bytearray(map_bytes)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(broken) - 1))
+        broken[at] ^= data.draw(st.integers(1, 255))
+    broken = (
+        broken[: data.draw(st.integers(0, len(broken)))] if data.draw(st.booleans()) else broken
+    )
+    path = tmp_path / "map"
+    path.write_bytes(broken)
+    with path.open("rb") as file:
+        try:
+            found = read_map(file.fileno(), "map", bytes(range(16)), SIZE)
+        except (CorruptImage, UnsupportedImage):
+            return
+    states = [found.states.get(block) for block in range(32)]
+    told = [([0] * 3 + [1] * 6 + [0] * 11 + [3] + [0] * 11)]
+    told.append([*told[0]])
+    told[1][1:2], told[1][9:14] = [2], [1] * 5
+    told.append([*told[1]])
+    told[2][30:32] = [3, 3]
+    assert states == told[found.frames]
+
+
+@given(
+    sets=st.lists(
+        st.tuples(
+            st.integers(0, 3 * PAGE_BLOCKS - 1), st.integers(1, PAGE_BLOCKS), st.integers(1, 5)
+        ),
+        max_size=12,
+    )
+)
+def test_block_maps_are_arrays(sets: list[tuple[int, int, int]]) -> None:
+    states, model = BlockMap(), bytearray(4 * PAGE_BLOCKS)
+    for first, length, value in sets:
+        states.set(first, first + length, value)
+        model[first : first + length] = bytes([value]) * length
+    assert states.counts[1:6] == [model.count(value) for value in range(1, 6)]
+    again = BlockMap()
+    for number, page in states.pages():
+        assert again.restore(number, packed(page))
+    for each in (states, again):
+        found = bytearray()
+        for first, end, value in each.stretches(0, len(model)):
+            found += bytes([value]) * (end - first)
+        assert found == model
+
+
+def test_names_of_directories() -> None:
+    names = ["", ".", "..", "a/b", "a%2Fb", "vm1/sda@latest", "x" * 300, "x" * 299 + "y", "%", "ä"]
+    made = [directory_name(name) for name in names]
+    assert len(set(made)) == len(made)
+    for each in made:
+        assert "/" not in each
+        assert each not in {"", ".", ".."}
+        assert len(os.fsencode(each)) <= 255
+    assert directory_name("vm1/sda@latest") == "vm1%2Fsda%40latest"
+
+
+def test_an_overlay_is_found_by_its_exports_name(tmp_path: Path) -> None:
+    path = tmp_path / "ov" / directory_name("vm1/sda@latest")
+    path.mkdir(parents=True)
+    (path / "overlay.json").write_text("{}")
+    assert find_overlay(f"{tmp_path}/ov/vm1/sda@latest") == str(path)
+    assert find_overlay(f"{path}/") == str(path)
+    with pytest.raises(DiskError, match="no such overlay"):
+        find_overlay(f"{tmp_path}/ov/vm1/sdb@latest")
