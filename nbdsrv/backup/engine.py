@@ -12,8 +12,8 @@ A source that cannot be read somewhere is no backup: everything is aborted and t
 offset. A repository that fails is dropped, and the others go on; one that is slow falls behind, is
 waited for at the end only, and reads by itself what it has missed (``branch``, ``drive``).
 
-Memory: for each repository a queue of ``branch.QUEUE``, some pieces that are being read, and what
-``native.stock`` says.
+Memory: for each repository and each of ``AT_ONCE`` disks a queue of ``branch.QUEUE``, some pieces
+that are being read, and what ``native.stock`` says.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from nbdsrv.backup.parent import AUTO, Parent, choose_parent
 from nbdsrv.backup.plan import Mode, Plan, Tracking, identity, plan_disk, wanted_contexts
 from nbdsrv.backup.ranges import changed_ranges, steps, together, whole
 from nbdsrv.backup.report import Failed, Report
+from nbdsrv.backup.several import Together
 from nbdsrv.backup.target import Part, Target
 from nbdsrv.backup.tee import Tee
 from nbdsrv.copying.progress import Advance
@@ -40,6 +41,10 @@ from nbdsrv.export.grammar import Source
 from nbdsrv.repository.destination import DEFAULT_LEVEL, Destination, Occasion
 
 __all__ = ["Backup", "Meanwhile", "Order", "SourceDisk"]
+
+AT_ONCE = 2
+"""Disks of a VM that are read at a time: one waits for its source while the other is compressed;
+each has buffers of its own."""
 
 Meanwhile = Callable[[Mapping[str, Tee]], Awaitable[None]]
 """Something that reads the disks, by name, for its own ends, before the rest is read."""
@@ -112,7 +117,7 @@ class Backup:
             workers: threads.
             order: what is asked for.
             rate: at which sources are read, at most.
-            advance: called with (bytes read, bytes to read) of the disk under way, often.
+            advance: called with (bytes read, bytes to read) of the disks begun so far, often.
             choose: the point to build upon in a repository, in a thread; by the order's ``since``
                 without it.
             confirm: called when all is read and nothing committed; what it raises aborts.
@@ -223,9 +228,17 @@ class Backup:
             tees[disk.name] = await self._tee(disk, source, crew)
         if meanwhile is not None:
             await meanwhile(tees)
-        for disk in disks:
-            self._go_on()
-            await self._finish(disk.name, tees[disk.name])
+        shown = Together(self._advance) if self._advance is not None else None
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def finish(name: str) -> None:
+            async with turns:
+                self._go_on()
+                await self._finish(name, tees[name], shown.part() if shown else None)
+
+        async with asyncio.TaskGroup() as tasks:
+            for disk in disks:
+                tasks.create_task(finish(disk.name))
 
     async def _tee(self, disk: SourceDisk, source: Disk, crew: asyncio.TaskGroup) -> Tee:
         """Plan a disk; from now on what is read through its Tee reaches the repositories."""
@@ -237,7 +250,7 @@ class Backup:
                 crew.create_task(part.branch.run())
         return tee
 
-    async def _finish(self, name: str, tee: Tee) -> None:
+    async def _finish(self, name: str, tee: Tee, advance: Advance | None) -> None:
         """See to it that each repository has all of a disk."""
         parts = [part for target in self.targets for part in target.parts if part.name == name]
         source = tee.source
@@ -246,7 +259,7 @@ class Backup:
             if part.plan.mode is Mode.INCREMENTAL and part.branch.alive:
                 await self._recheck(source, part)
         branches = [part.branch for part in parts]
-        driver = Driver(source, branches, self._workers, rate=self._rate, advance=self._advance)
+        driver = Driver(source, branches, self._workers, rate=self._rate, advance=advance)
         await driver.run()
         async with asyncio.TaskGroup() as tasks:
             for part in parts:

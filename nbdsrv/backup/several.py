@@ -42,7 +42,7 @@ async def for_each(
 
 
 class Together:
-    """One progress of several backups: the bytes of the disks that are under way or done."""
+    """One progress of several VMs or disks: the bytes of those that are under way or done."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
@@ -50,7 +50,7 @@ class Together:
         self._current: dict[object, tuple[int, int]] = {}
 
     def part(self) -> Advance:
-        """Of one VM; its disks are read one after the other."""
+        """Of one of them; where less is done than before, it has begun something else."""
         key = object()
 
         def advance(done: int, total: int) -> None:
