@@ -18,6 +18,7 @@ from importlib import import_module
 __all__ = ["OURS", "Row", "all_rows", "row"]
 
 MODULES = (
+    "conformance.benchmark.foreign.native",
     "conformance.benchmark.foreign.xo",
     "conformance.benchmark.foreign.chunks",
 )
