@@ -58,6 +58,7 @@ MODULES = (
     "conformance.programs.xapi",
     "conformance.programs.libvirt",
     "conformance.programs.live_qemu",
+    "conformance.programs.live_proxy",
     "conformance.kernel.attach",
     "conformance.programs.boot",
     "conformance.programs.boot_speed",

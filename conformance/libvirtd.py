@@ -240,6 +240,7 @@ class Domain:
         name: str,
         disks: Mapping[str, tuple[int, str]],
         guest: tuple[Path, Path] | None = None,
+        content: Path | None = None,
     ) -> None:
         """Define and start it.
 
@@ -248,6 +249,7 @@ class Domain:
             name: of it.
             disks: (size, format) by name: ``{"vda": (32 << 20, "qcow2")}``.
             guest: kernel and initramfs of a guest that has an agent; None: nothing to boot.
+            content: a raw image that disks begin with, of which their models know nothing.
         """
         self.libvirtd = libvirtd
         self.name = name
@@ -255,7 +257,11 @@ class Domain:
         directory = libvirtd.context.directory
         for disk, (size, form) in disks.items():
             path = directory / f"{name}-{disk}.{form}"
-            libvirtd.context.run("qemu-img", "create", "-q", "-f", form, path, str(size))
+            if content is None:
+                libvirtd.context.run("qemu-img", "create", "-q", "-f", form, path, str(size))
+            else:
+                words = ("qemu-img", "convert", "-f", "raw", "-O", form, content, path)
+                libvirtd.context.run(*words, timeout_s=300)
             self.disks[disk] = Disk(disk, path, size, form)
         listed = "".join(
             _DISK.format(name=disk.name, path=disk.path, format=disk.form)

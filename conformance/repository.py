@@ -105,6 +105,10 @@ class Repository:
         """``nbdsrv init``, with small chunks."""
         self.run("init", self.target, "--chunk-size", str(CHUNK), *options)
 
+    def init_as_usual(self) -> None:
+        """``nbdsrv init``, with chunks as everybody has them."""
+        self.run("init", self.target)
+
     def backup(self, disk: str | Path, digest: str, *options: str) -> dict[str, Any]:
         """``nbdsrv backup`` of a disk with this SHA-256; its report."""
         finished = self.run(*self.backup_words(disk), "--json", *options)

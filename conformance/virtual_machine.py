@@ -152,8 +152,15 @@ class Guest:
     def _write(self, write: Write) -> None:
         self.log.append(write)
         what = f"write -P {write.value}" if write.value else "write -z"
-        line = f"/machine/peripheral/{write.disk}/virtio-backend"
-        line = f'qemu-io -d {line} "{what} {write.offset} {write.length}"'
+        self._tell(write.disk, f"{what} {write.offset} {write.length}")
+
+    def load(self, disk: str, offset: int, content: Path) -> None:
+        """Write a file's content, which is not in the log; before ``start``."""
+        self._tell(disk, f"write -s {content} {offset} {content.stat().st_size}")
+
+    def _tell(self, disk: str, what: str) -> None:
+        line = f"/machine/peripheral/{disk}/virtio-backend"
+        line = f'qemu-io -d {line} "{what}"'
         said = self._monitor.ask("human-monitor-command", {"command-line": line})
         if said:
             raise CheckFailedError(str(said).strip())

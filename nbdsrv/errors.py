@@ -10,7 +10,8 @@
         ├── UnsupportedImage  the file is fine, but not (yet) for us
         ├── StoreError        an object cannot be read or written (``store.store``)
         └── RepositoryError   a repository cannot be used: not ours, locked, wrong passphrase
-            └── PointMissing  it has no such point or disk
+            ├── PointMissing  it has no such point or disk
+            └── PointDamaged  it has, and it cannot be read
 
 Every message is one line that says what, where, and what the reader can do.
 """
@@ -24,6 +25,7 @@ __all__ = [
     "DiskError",
     "ListenError",
     "NbdsrvError",
+    "PointDamaged",
     "PointMissing",
     "RepositoryError",
     "UnsupportedImage",
@@ -90,3 +92,7 @@ class RepositoryError(DiskError):
 
 class PointMissing(RepositoryError):
     """A repository has no restore point, or no disk in it, of that name."""
+
+
+class PointDamaged(RepositoryError):
+    """A restore point, or that disk of it, is damaged."""

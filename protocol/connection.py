@@ -18,7 +18,14 @@ from struct import Struct
 from protocol.answers import Answer
 from protocol.constants import Command, CommandFlag, Dialect, TransmissionFlag
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.headers import EXTENDED_REQUEST, REQUEST, extended_request_key, request_key
+from protocol.headers import (
+    EXTENDED_READ_KEY,
+    EXTENDED_REQUEST,
+    READ_KEY,
+    REQUEST,
+    extended_request_key,
+    request_key,
+)
 from protocol.incoming import Incoming, Payload
 from protocol.inflight import Inflight
 from protocol.terms import Negotiated
@@ -65,6 +72,11 @@ class ClientConnection:
         self.salvaged: list[Answer] = []
         self._extended = terms.dialect is Dialect.EXTENDED
         self._offered: set[tuple[Command, int]] = set()  # what has been checked already
+        # A plain READ needs no offer: what remains to be checked of it are these.
+        self._longest_read = min(terms.blocks.maximum, terms.size, MAX_COMPACT_LENGTH)
+        self._unaligned = terms.blocks.minimum - 1
+        self._read_frame = EXTENDED_REQUEST if self._extended else REQUEST
+        self._read_key = EXTENDED_READ_KEY if self._extended else READ_KEY
         self._inflight: dict[int, Inflight] = {}
         self._incoming = Incoming(terms, self._inflight)
         self._next_cookie = 1
@@ -85,8 +97,15 @@ class ClientConnection:
 
     def read(self, offset: int, length: int, *, unfragmented: bool = False) -> tuple[int, bytes]:
         """READ, at most ``terms.blocks.maximum`` bytes; DF with ``unfragmented``."""
-        flags = int(CommandFlag.DF) if unfragmented else 0
-        return self._range(Command.READ, flags, offset, length)
+        odd = unfragmented or self._error is not None or self._disconnecting or self.leaving
+        within = 0 < length <= self._longest_read and 0 <= offset <= self.terms.size - length
+        if odd or not within or (offset | length) & self._unaligned:
+            flags = int(CommandFlag.DF) if unfragmented else 0
+            return self._range(Command.READ, flags, offset, length)  # which says what is wrong
+        cookie = self._next_cookie
+        self._next_cookie = (cookie + 1) & 0xFFFFFFFFFFFFFFFF
+        self._inflight[cookie] = Inflight(cookie, Command.READ, offset, length)
+        return cookie, self._read_frame.pack(self._read_key, cookie, offset, length)
 
     def write(self, offset: int, length: int, *, fua: bool = False) -> tuple[int, bytes]:
         """WRITE, at most ``terms.blocks.maximum`` bytes.

@@ -21,6 +21,8 @@ __all__ = ["Inflight"]
 
 MAX_SPANS = 1 << 16
 """Disjoint pieces of one answer to be remembered: 32 MiB in 512-byte chunks, in any order."""
+NO_SPANS: list[int] = []
+"""Of a request nothing has arrived for; never added to."""
 MAX_FAILURES = 1 << 16
 """Error chunks in one answer: as many as it may have chunks."""
 
@@ -60,16 +62,20 @@ class Inflight:
         self.offset = offset
         self.length = length
         self.end = offset + length
-        self.awaited_contexts = set(contexts)
+        self.awaited_contexts = contexts
         self.content_chunks = 0
         self.failure: Failed | None = None
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self._failed_offsets: list[int] = []
+        # Most answers are one chunk, for which none of these is needed.
+        self._starts = self._ends = self._failed_offsets = NO_SPANS
         self._failures = 0
 
     def __str__(self) -> str:
         return f"{self.command.name} {self.offset}+{self.length} (cookie {self.cookie})"
+
+    @property
+    def untouched(self) -> bool:
+        """Has nothing of its answer arrived?"""
+        return not (self.content_chunks or self._failures)
 
     def cover(self, offset: int, length: int) -> None:
         """Account for a content chunk.
@@ -92,6 +98,9 @@ class Inflight:
 
     def _add_span(self, start: int, end: int) -> None:
         starts, ends = self._starts, self._ends
+        if starts is NO_SPANS:
+            self._starts, self._ends = [start], [end]
+            return
         at = len(starts) if not starts or start >= ends[-1] else bisect_right(starts, start)
         if (at and ends[at - 1] > start) or (at < len(starts) and starts[at] < end):
             raise RemoteProtocolError(f"overlapping chunk {start}+{end - start} for {self}")
@@ -114,7 +123,7 @@ class Inflight:
         """Account for a status chunk; one for each context that was asked, no other."""
         if context_id not in self.awaited_contexts:
             raise RemoteProtocolError(f"context {context_id} unasked for or repeated, for {self}")
-        self.awaited_contexts.remove(context_id)
+        self.awaited_contexts -= {context_id}
 
     def fail(self, failure: Failed) -> None:
         """Account for an error chunk."""
@@ -125,6 +134,8 @@ class Inflight:
         if self._failures > MAX_FAILURES:
             raise RemoteProtocolError(f"more than {MAX_FAILURES} error chunks for {self}")
         if offset is not None:
+            if self._failed_offsets is NO_SPANS:
+                self._failed_offsets = []
             insort(self._failed_offsets, offset)
         if self.failure is None:
             self.failure = failure

@@ -22,7 +22,9 @@ from conformance.benchmark.environment import describe
 from conformance.benchmark.foreign.run import run_foreign
 from conformance.benchmark.formats import make_images, mixed
 from conformance.benchmark.idle import run_idle
+from conformance.benchmark.live import run_live
 from conformance.benchmark.overlay import run_overlay
+from conformance.benchmark.proxy import run_proxy
 from conformance.benchmark.reading import run_clients
 from conformance.benchmark.report import BenchmarkError, Report, load, store
 from conformance.benchmark.repository import cells as repository
@@ -129,7 +131,7 @@ def main(
     chosen = {Part(part) for part in parts} or set(Part)
     cells = select(chosen, pattern)
     of_repositories = repository.select(pattern) if Part.REPOSITORY in chosen else []
-    apart = {Part.COLD, Part.IDLE, Part.FOREIGN, Part.OVERLAY}
+    apart = {Part.COLD, Part.IDLE, Part.FOREIGN, Part.OVERLAY, Part.PROXY}
     if not cells and not of_repositories and not chosen & apart:
         raise click.UsageError(f"no cell of these parts matches {pattern!r}")
     options = Options(
@@ -221,6 +223,10 @@ def _run(options: Options, progress: Progress) -> Report:
         rounds = min(options.rounds, EXTRA_ROUNDS)
         work = (path, options.cache, report, progress)
         run_overlay(*work, rounds=rounds, seconds=options.seconds)
+    if Part.PROXY in options.parts:
+        images = (path, mixed(options.cache, size))
+        run_proxy(*images, report, progress, rounds=options.rounds, seconds=options.seconds)
+        run_live(images[1], report, progress, rounds=min(options.rounds, EXTRA_ROUNDS))
     return report
 
 

@@ -36,7 +36,7 @@ class Transport(StrEnum):
 
 
 class Part(StrEnum):
-    """What ``--part`` chooses; all but the last five make the table."""
+    """What ``--part`` chooses; all but the last six make the table."""
 
     READS = "reads"
     WRITES = "writes"
@@ -50,6 +50,7 @@ class Part(StrEnum):
     REPOSITORY = "repository"
     FOREIGN = "foreign"
     OVERLAY = "overlay"
+    PROXY = "proxy"
 
 
 class Peer(StrEnum):

@@ -70,9 +70,11 @@ def start_fio(
         yield Fio(process, rw, seconds)
 
 
-def copy_rate(server: Server, connections: int, size: int, *, seconds: float) -> float:
+def copy_rate(
+    server: Server, connections: int, size: int, *, seconds: float, export: str = ""
+) -> float:
     """MB/s of whole-image nbdcopy runs to ``null:``, repeated until ``seconds`` have passed."""
-    command = ["nbdcopy", f"--connections={connections}", server.uri(), "null:"]
+    command = ["nbdcopy", f"--connections={connections}", server.uri(export), "null:"]
     copied, start = 0, time.monotonic()
     while True:
         with _client(server, command) as process:

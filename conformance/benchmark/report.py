@@ -13,6 +13,7 @@ __all__ = [
     "ForeignSample",
     "IdleSample",
     "OverlaySample",
+    "ProxySample",
     "Report",
     "RepositorySample",
     "Sample",
@@ -115,6 +116,16 @@ class OverlaySample:
     rate: float
 
 
+@dataclass(frozen=True, slots=True)
+class ProxySample:
+    """One run of one load of ``proxy``, of one kind: MB/s, IOPS or microseconds, see the cell."""
+
+    cell: str
+    kind: str
+    round: int
+    value: float
+
+
 @dataclass(slots=True)
 class Report:
     environment: dict[str, str]
@@ -124,6 +135,7 @@ class Report:
     repository: list[RepositorySample] = field(default_factory=list)
     foreign: list[ForeignSample] = field(default_factory=list)
     overlay: list[OverlaySample] = field(default_factory=list)
+    proxy: list[ProxySample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -149,6 +161,7 @@ def load(path: str) -> Report:
             repository=[RepositorySample(**each) for each in data.get("repository", [])],
             foreign=[ForeignSample(**each) for each in data.get("foreign", [])],
             overlay=[OverlaySample(**each) for each in data.get("overlay", [])],
+            proxy=[ProxySample(**each) for each in data.get("proxy", [])],
             failures=data["failures"],
             notes=data["notes"],
         )

@@ -11,7 +11,9 @@ from statistics import median
 
 from conformance.benchmark.cells import CELLS, Cell, Peer
 from conformance.benchmark.foreign.table import foreign_table
+from conformance.benchmark.live import live_tables
 from conformance.benchmark.overlay import overlay_table
+from conformance.benchmark.proxy import proxy_tables
 from conformance.benchmark.report import BenchmarkError, Report
 from conformance.benchmark.repository import table as repositories
 
@@ -207,6 +209,8 @@ def _extras(report: Report, *, spread: bool) -> list[tuple[str, list[str], list[
         found.append(foreign_table(report))
     if report.overlay:
         found.append(overlay_table(report))
+    found += proxy_tables(report)
+    found += live_tables(report)
     if report.cold:
         title = "A client's 4 KiB reads (depth 1, cached) while another client of the same server"
         found.append((title, *_cold(report)))

@@ -108,16 +108,18 @@ class BootedMachine:
 
     def _ask_until_read(self) -> int:
         deadline = time.monotonic() + BOOT_S
-        with self._connected(deadline) as stream:
-            stream.settimeout(COMMAND_S)
-            lines = stream.makefile("rb")
-            lines.readline()
-            self._ask(stream, lines, "qmp_capabilities")
-            while time.monotonic() < deadline:
-                rows = self._ask(stream, lines, "query-blockstats")
-                if count := max((row["stats"]["rd_operations"] for row in rows), default=0):
-                    return int(count)
-                time.sleep(0.002)
+        try:
+            with self._connected(deadline) as stream, stream.makefile("rb") as lines:
+                stream.settimeout(COMMAND_S)
+                lines.readline()
+                self._ask(stream, lines, "qmp_capabilities")
+                while time.monotonic() < deadline:
+                    rows = self._ask(stream, lines, "query-blockstats")
+                    if count := max((row["stats"]["rd_operations"] for row in rows), default=0):
+                        return int(count)
+                    time.sleep(0.002)
+        except OSError:
+            raise CheckFailedError(f"QEMU has ended: {self._tail()}") from None
         return 0
 
     def _connected(self, deadline: float) -> socket.socket:

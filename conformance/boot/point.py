@@ -103,8 +103,8 @@ class Witness:
         """
         machine.shell("sync; echo 3 >/proc/sys/vm/drop_caches")
         for name, digest in self._known.items():
-            found = machine.shell(f"sha256sum <{name}", code=None).split()
-            expect(digest, found[0] if found else "nothing", f"sha256 of {name} in the guest")
+            found = machine.shell(f"sha256sum <{name}", code=None)
+            expect(f"{digest}  -", found, f"sha256 of {name} in the guest")
         told = machine.shell("dmesg | grep -i -c -E 'I/O error|ext4-fs error'", code=None)
         expect("0", told, "errors in the guest's log")
 

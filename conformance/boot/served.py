@@ -56,6 +56,7 @@ class ServedOverlay:
 
     def start(self) -> None:
         """Start it, and return when it accepts clients."""
+        self.socket.unlink(missing_ok=True)  # of one that was killed
         self.began = time.monotonic()
         with self._errors.open("ab") as errors:
             self._process = subprocess.Popen(

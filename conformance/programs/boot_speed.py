@@ -119,7 +119,7 @@ def _ours(context: Context, point: RestorePoint) -> Boot:
 
 def _cow(context: Context, disk: Path) -> Boot:
     path = context.directory / f"k{time.monotonic_ns() % 10**9}"
-    words = ["nbdkit", "-f", "-U", path, "--filter=cow", "file", disk]
+    words: list[str | Path] = ["nbdkit", "-f", "-U", path, "--filter=cow", "file", disk]
     with _running(words, path.exists) as serving:
         return _booted(context, drive_of(path, export=""), serving)
 

@@ -41,7 +41,7 @@ def _modules() -> Path:
     return cached(f"xo-{hashlib.sha256(lock).hexdigest()[:16]}", install) / "node_modules"
 
 
-def _drive(
+def drive(
     context: Context, client: str, settings: dict[str, Any], block_size: int
 ) -> dict[str, Any]:
     modules = _modules()
@@ -73,7 +73,7 @@ def single(context: Context) -> None:
     """64 KiB blocks over one connection; size and map."""
     image = context.image()
     server = context.serve(image, listen=("tcp",))
-    result = _drive(context, "single", _settings(server), 64 * KIB)
+    result = drive(context, "single", _settings(server), 64 * KIB)
     _expect_content(image, result)
     _expect_map(image, result)
 
@@ -83,7 +83,7 @@ def multi(context: Context) -> None:
     """2 MiB blocks, as its backups read, over four connections; size and map."""
     image = context.image(size=64 * MIB)
     server = context.serve(image, listen=("tcp",))
-    result = _drive(context, "multi", _settings(server), 2 * MIB)
+    result = drive(context, "multi", _settings(server), 2 * MIB)
     _expect_content(image, result)
     _expect_map(image, result)
 
@@ -93,7 +93,7 @@ def disk(context: Context) -> None:
     """The wrapper its backup engine uses: only blocks that the map calls data are read."""
     image = context.image()
     server = context.serve(image, listen=("tcp",))
-    result = _drive(context, "disk", _settings(server), 2 * MIB)
+    result = drive(context, "disk", _settings(server), 2 * MIB)
     _expect_content(image, result)
     expect(4, result["blocks"], "blocks of 2 MiB with data: 0, 4, 5 and the last")
 
@@ -103,7 +103,7 @@ def odd_size(context: Context) -> None:
     """The last, shorter block, down to its last byte."""
     image = context.image(size=16 * MIB + 64 * KIB + 333)
     server = context.serve(image, listen=("tcp",))
-    _expect_content(image, _drive(context, "single", _settings(server), 64 * KIB))
+    _expect_content(image, drive(context, "single", _settings(server), 64 * KIB))
 
 
 @check("xen-orchestra", "named export", needs=(*NEEDS, "nbdinfo"))
@@ -111,7 +111,7 @@ def named(context: Context) -> None:
     """An export by its name, with what a URI has to quote."""
     first, second = context.image("a"), context.image("b", 16 * MIB)
     server = context.serve(exports={"a": first, "vm/disk 2": second}, listen=("tcp",))
-    result = _drive(context, "single", _settings(server, "vm/disk 2"), 64 * KIB)
+    result = drive(context, "single", _settings(server, "vm/disk 2"), 64 * KIB)
     _expect_content(second, result)
     _expect_map(second, result)
 
@@ -121,7 +121,7 @@ def unknown(context: Context) -> None:
     """EXPORT_NAME has no error reply: the connection is closed, and the client says so."""
     server = context.serve(context.image(), listen=("tcp",))
     try:
-        _drive(context, "single", _settings(server, "no such export"), 64 * KIB)
+        drive(context, "single", _settings(server, "no such export"), 64 * KIB)
     except CheckFailedError:
         return
     raise CheckFailedError("an export that does not exist was opened")
@@ -132,7 +132,7 @@ def _over_tls(context: Context, client: str, block_size: int) -> None:
     image = context.image()
     server = context.serve(image, listen=("tcp",), tls=authority.server())
     settings = {**_settings(server), "cert": authority.server_certificate.read_text()}
-    _expect_content(image, _drive(context, client, settings, block_size))
+    _expect_content(image, drive(context, client, settings, block_size))
 
 
 @check("xen-orchestra", "NbdClient TLS", needs=(*NEEDS, "openssl"))
@@ -158,4 +158,4 @@ def stdio(context: Context) -> None:
         "env": {**os.environ, **server_environment()},
         "cwd": str(context.directory),
     }
-    _expect_content(image, _drive(context, "stdio", settings, 64 * KIB))
+    _expect_content(image, drive(context, "stdio", settings, 64 * KIB))

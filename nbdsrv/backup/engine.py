@@ -20,6 +20,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbdsrv.backup.branch import Branch
 from nbdsrv.backup.drive import Driver, queue_size
@@ -39,6 +40,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.export.grammar import Source
 from nbdsrv.repository.destination import DEFAULT_LEVEL, Destination, Occasion
+from nbdsrv.ulid import ulid_at
 
 __all__ = ["Backup", "Meanwhile", "Order", "SourceDisk"]
 
@@ -80,6 +82,8 @@ class Order:
         labels: of the point.
         consistency: of the disks' content, as in a ``PointRecord``.
         blobs: the VM's configuration, by name.
+        created: seconds since 1970, of disks that are as they were then; None for now. Repositories
+            of other tools date their points themselves.
     """
 
     group: str
@@ -90,6 +94,7 @@ class Order:
     labels: Mapping[str, str] = field(default_factory=dict)
     consistency: str = ""
     blobs: Mapping[str, str] = field(default_factory=dict)
+    created: float | None = None
 
 
 class Backup:
@@ -206,11 +211,14 @@ class Backup:
     async def _commit(self, target: Target) -> None:
         async with target.failing_alone():
             assert target.writer is not None
-            facts = {
+            facts: dict[str, Any] = {
                 "labels": dict(self._order.labels),
                 "consistency": self._order.consistency,
                 "blobs": dict(self._order.blobs),
             }
+            if self._order.created is not None:
+                created = max(self._order.created, 0.0)
+                facts |= {"created": created, "id": ulid_at(created)}
             target.point = await target.writer.commit(facts)
 
     # --- the disks -----------------------------------------------------------------------------

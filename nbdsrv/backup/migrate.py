@@ -32,7 +32,16 @@ from nbdsrv.repository.native.writer import NativePointWriter, begin
 from nbdsrv.repository.repository import CHANGED_SINCE, Point, Repository
 from nbdsrv.ulid import ulid_at
 
-__all__ = ["Migrated", "Migration", "SourceFailed", "identity_of"]
+__all__ = [
+    "CREATED",
+    "KIND",
+    "POINT",
+    "REPOSITORY",
+    "Migrated",
+    "Migration",
+    "SourceFailed",
+    "identity_of",
+]
 
 KIND = "origin.kind"
 REPOSITORY = "origin.repository"

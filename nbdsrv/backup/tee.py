@@ -16,6 +16,7 @@ from nbdsrv.backup.branch import Branch, Piece
 from nbdsrv.copying.reading import PIECE
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.passthrough import Passthrough
+from nbdsrv.disk.watch import Watch
 from nbdsrv.disk.workers import Workers
 
 __all__ = ["Tee"]
@@ -32,6 +33,7 @@ class Tee(Passthrough):
     def __init__(self, workers: Workers, source: Disk) -> None:
         super().__init__(workers, source)
         self.source = source
+        self.remote = source.remote
         self.branches: list[Branch] = []
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -51,6 +53,10 @@ class Tee(Passthrough):
             done(good)
 
         return self._inside.begin_read(offset, buffer, offered)
+
+    def attend(self, watch: Watch) -> None:
+        """As the source does."""
+        self._inside.attend(watch)
 
     def offer(self, offset: int, buffer: memoryview) -> None:
         """Bytes of the source that somebody has read; they may change once this returns."""

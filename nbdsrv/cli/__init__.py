@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -57,6 +58,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
+    if logging.lastResort is not None:  # the warnings of commands that keep no log
+        logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
         code = cli.main(prog_name="nbdsrv", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,6 +1,7 @@
 """``nbdsrv backup``: disks, or running VMs, into repositories."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +11,11 @@ from nbdsrv.cli.point_options import point_options, storage_of
 from nbdsrv.cli.quantities import parse_rate
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
+
+if TYPE_CHECKING:
+    from nbdsrv.backup.origin import Origin
+
+    Origins = dict[str, Origin]
 
 __all__ = ["backup"]
 
@@ -27,7 +33,9 @@ __all__ = ["backup"]
     metavar="REPOSITORY",
     help="Where to; several are filled by reading once.",
 )
-@click.option("--group", metavar="NAME", help="The VM.  [default: the first disk's name]")
+@click.option(
+    "--group", metavar="NAME", help="The VM.  [default: the first disk's VM, or its name]"
+)
 @point_options()
 @click.option("--rate", metavar="SIZE/s", help="Read no faster, for instance 100M/s.")
 @click.option(
@@ -82,7 +90,7 @@ def backup(
     from nbdsrv.backup.engine import Order
     from nbdsrv.cli.backup_run import Job, Outcome, back_up
 
-    disks, machines = _parsed(sources, named)
+    disks, machines, origins = _parsed(sources, named)
     if len(_vms(machines)) > 1 and group:
         raise ConfigError(f"--group {group}: of several VMs each has a group of its own name")
     if since == "full" and changed:
@@ -90,12 +98,13 @@ def backup(
     if machines and changed:
         raise ConfigError("--changed is for nbd: sources; a hypervisor tells what has changed")
     order = Order(
-        group=group or next(iter(disks), ""),
+        group=group or _group(disks, origins),
         since=since,
         changed=changed,
         recheck=recheck,
         level=level,
-        labels=dict(_pair("--label", text) for text in labels),
+        labels=_labels(disks, origins) | dict(_pair("--label", text) for text in labels),
+        created=_created(disks, origins),
     )
     targets = [repository_source(text, "--to", written=True) for text in repositories]
     job = Job(
@@ -115,12 +124,15 @@ def backup(
     return outcome.code
 
 
-def _parsed(sources: Sequence[str], named: Sequence[str]) -> tuple[dict[str, Source], list[Source]]:
-    """Disks by name; or running VMs."""
+def _parsed(
+    sources: Sequence[str], named: Sequence[str]
+) -> "tuple[dict[str, Source], list[Source], Origins]":
+    """Disks by name, or running VMs; and which of the disks are others' restore points."""
     parsed = [parse_source(text) for text in sources]
     machines = [source for source in parsed if source.kind is Kind.HYPERVISOR]
     if not machines:
-        return _disks(parsed, named), []
+        origins = _origins([*parsed, *(parse_source(_pair("--disk", each)[1]) for each in named)])
+        return _disks(parsed, named, origins), [], origins
     if len(machines) < len(parsed) or named:
         other = next((each.text for each in parsed if each not in machines), None)
         what = other if other is not None else f"--disk {named[0]}"
@@ -129,7 +141,46 @@ def _parsed(sources: Sequence[str], named: Sequence[str]) -> tuple[dict[str, Sou
     for source in machines:
         if source.partition is not None:
             raise ConfigError(f"{source.text}: a running VM is backed up by whole disks, not ~pN")
-    return {}, machines
+    return {}, machines, {}
+
+
+def _origins(sources: Sequence[Source]) -> "Origins":
+    """What those are that are points of other tools' repositories, by their text."""
+    import uvloop
+
+    from nbdsrv.backup.origin import is_foreign, origins
+    from nbdsrv.cli.running import running_workers
+
+    foreign = [source for source in sources if is_foreign(source)]
+
+    async def found() -> "Origins":
+        async with running_workers() as workers:
+            return await origins(foreign, workers)
+
+    return uvloop.run(found()) if foreign else {}
+
+
+def _group(disks: Mapping[str, Source], origins: "Origins") -> str:
+    """As the VM of the first disk is called, or as that disk."""
+    for name, source in disks.items():
+        origin = origins.get(source.text)
+        return origin.group if origin is not None else name
+    return ""
+
+
+def _created(disks: Mapping[str, Source], origins: "Origins") -> float | None:
+    """When it was that all disks were like that."""
+    times = {each.created for source in disks.values() if (each := origins.get(source.text))}
+    return times.pop() if len(times) == 1 and len(origins) == len(disks) else None
+
+
+def _labels(disks: Mapping[str, Source], origins: "Origins") -> dict[str, str]:
+    """Those of a migrated point, if it is all of one point, under the names it has there."""
+    found = [(name, origins.get(source.text)) for name, source in disks.items()]
+    if not found or any(each is None or each.disk != name for name, each in found):
+        return {}
+    first, *others = [each.labels for _, each in found if each is not None]
+    return dict(first) if all(each == first for each in others) else {}
 
 
 def _vms(machines: Sequence[Source]) -> list[list[Source]]:
@@ -142,10 +193,15 @@ def _vms(machines: Sequence[Source]) -> list[list[Source]]:
     return list(vms.values())
 
 
-def _disks(sources: Sequence[Source], named: Sequence[str]) -> dict[str, Source]:
+def _disks(
+    sources: Sequence[Source], named: Sequence[str], origins: "Origins"
+) -> dict[str, Source]:
     from nbdsrv.backup.naming import disk_name
 
-    pairs = [(disk_name(source), source) for source in sources]
+    pairs: list[tuple[str, Source]] = []
+    for source in sources:
+        origin = origins.get(source.text)
+        pairs.append((origin.disk if origin is not None else disk_name(source), source))
     for text in named:
         name, given = _pair("--disk", text)
         source = parse_source(given)

@@ -32,9 +32,9 @@ from nbdsrv.copying.writers import (
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import is_native
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
-from nbdsrv.repository.opening import is_repository
 
 __all__ = ["copy"]
 
@@ -75,7 +75,7 @@ def copy(
 
     If TARGET is a repository (repo:/path), SOURCE names points of another one.
     """
-    if is_repository(target):
+    if is_native(target):
         if to or compress or backing or connections or force:
             raise ConfigError(f"{target}: points are copied as they are; leave out the options")
         from nbdsrv.cli.copy_points import copy_points

@@ -8,9 +8,10 @@ import click
 
 from nbdsrv.cli.overlay_commit import commit
 from nbdsrv.cli.words import human
-from nbdsrv.errors import DiskError
+from nbdsrv.errors import DiskError, NbdsrvError
 from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.facts import OverlayFacts, overlay_facts
+from nbdsrv.overlay.pinning import unpin
 from nbdsrv.overlay.place import Place, find_overlay, overlays_in
 
 __all__ = ["overlay"]
@@ -72,7 +73,10 @@ def info(path: str, *, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be given up.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 def drop(paths: tuple[str, ...], *, dry_run: bool, quiet: bool) -> None:
-    """Remove overlays, and with them what was written. Not while they are served."""
+    """Remove overlays, and with them what was written. Not while they are served.
+
+    The points they stand on are not pinned any more, and `nbdsrv prune` may delete them.
+    """
     for text in paths:
         path = find_overlay(text)
         place = Place.take(path, create=False)
@@ -80,6 +84,7 @@ def drop(paths: tuple[str, ...], *, dry_run: bool, quiet: bool) -> None:
             facts = overlay_facts(path, mine=True, damaged_too=True)
             if not dry_run:
                 place.remove()
+                _unpin(facts.description)
         except OSError as error:
             raise DiskError.from_os(f"overlay {path}", error) from error
         finally:
@@ -87,6 +92,15 @@ def drop(paths: tuple[str, ...], *, dry_run: bool, quiet: bool) -> None:
         if not quiet:
             verb = "would drop" if dry_run else "dropped"
             click.echo(f"{verb} {path}: {human(facts.dirty_bytes)} written")
+
+
+def _unpin(found: Description) -> None:
+    """The overlay is gone by now: a repository that cannot be reached does not bring it back."""
+    try:
+        unpin(found)
+    except NbdsrvError as error:
+        said = f"{found.selector} stays pinned in its repository; `nbdsrv prune --force` overrides"
+        click.echo(f"nbdsrv: warning: {said}: {error}", err=True)
 
 
 def _row(facts: OverlayFacts) -> dict[str, Any]:

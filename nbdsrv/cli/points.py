@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import uvloop
 from nbdsrv.cli.running import running_workers
 from nbdsrv.cli.words import human
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError
+from nbdsrv.errors import ConfigError, RepositoryError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.repository.native.layout import POINTS, group_of
 from nbdsrv.repository.native.repository import NativeRepository
@@ -40,6 +41,8 @@ def ls(repository: str, *, as_json: bool) -> None:
         click.echo(json.dumps([_row(point) for point in points]))
         return
     _print_table(points)
+    if not points:  # maybe that is not where they are
+        click.echo(f"nbdsrv: {repository}: no restore points", err=True)
 
 
 async def _points(source: Source) -> Sequence[Point]:
@@ -47,10 +50,25 @@ async def _points(source: Source) -> Sequence[Point]:
         repository = await open_repository(source, workers)
         try:
             if not source.selector:
-                return await repository.points()
-            return (await scope_of(repository, source.selector)).points
+                points = await repository.points()
+            else:
+                points = (await scope_of(repository, source.selector)).points
+            if not isinstance(repository, NativeRepository):
+                return points
+            try:
+                pinned = await repository.pinned()
+            except RepositoryError as error:  # no reason not to list
+                click.echo(f"nbdsrv: {error}", err=True)
+                return points
+            return [_flagged(point, pinned) for point in points]
         finally:
             await repository.close()
+
+
+def _flagged(point: Point, pinned: frozenset[str]) -> Point:
+    if f"{point.group}/{point.id}" not in pinned:
+        return point
+    return replace(point, flags=(*point.flags, "pinned"))
 
 
 def _row(point: Point) -> dict[str, Any]:

@@ -275,6 +275,7 @@ class _Front:
             self.catalogue, self._workers, limits=serving.limits, tls=mode, context=context
         )
         server.listen(self._listeners)
+        self._workers.muster()
         try:
             announce(self.catalogue, self._listeners, mode)
             await self._end(server, stop)

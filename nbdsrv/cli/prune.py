@@ -36,7 +36,7 @@ _COUNT = click.IntRange(1, 1_000_000)
 @click.option("--allow-empty", is_flag=True, help="The newest point of a group may go too.")
 @click.option("--utc", is_flag=True, help="Days are those of UTC, not of this host's time zone.")
 @click.option("--damaged", is_flag=True, help="Delete points that cannot be read.")
-@click.option("--force", is_flag=True, help="Delete what somebody is reading.")
+@click.option("--force", is_flag=True, help="Delete what somebody is reading or has pinned.")
 @click.option("--gc", "collect", is_flag=True, help="Collect garbage afterwards, as `gc` does.")
 @click.option("--dry-run", is_flag=True, help="Delete nothing; say what would be.")
 @click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
@@ -65,7 +65,8 @@ def prune(
 
     Every rule counts for itself, and a point that one of them keeps is kept. An hour, day, week
     (from Monday), month or year without a point is not counted; of the others the newest point is
-    kept. The newest point of a group is always kept. What is locked or being read is spared.
+    kept. The newest point of a group is always kept. What is locked or being read is spared, and
+    so is what an overlay stands on, also while nobody serves it.
 
     The space is freed by `nbdsrv gc`. Exit code 3: there are points that cannot be read.
     """

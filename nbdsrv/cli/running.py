@@ -4,12 +4,18 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from nbdsrv.disk.blocks import BlockCache
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.export.opener import open_source
+from nbdsrv.ops.arenas import few_arenas
 
 __all__ = ["delivering", "opened", "running_workers"]
+
+CACHE = 64 << 20
+"""Decoded bytes a command keeps, a third of what a server does: it reads on and does not come
+back."""
 
 
 @contextmanager
@@ -26,7 +32,8 @@ def delivering(workers: Workers) -> Iterator[None]:
 @asynccontextmanager
 async def running_workers() -> AsyncIterator[Workers]:
     """Threads until the end of the block."""
-    workers = Workers()
+    few_arenas()
+    workers = Workers(cache=BlockCache(CACHE))
     try:
         with delivering(workers):
             yield workers

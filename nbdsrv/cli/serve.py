@@ -30,6 +30,15 @@ _UNSAID = frozenset({ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP})
     help="Let clients write, into overlays in DIR; what is served is only read.",
 )
 @click.option(
+    "--hydrate",
+    is_flag=False,
+    flag_value="",
+    metavar="[RATE]",
+    envvar="NBDSRV_HYDRATE",
+    help="Copy what is served into the overlays in use, when clients are idle; for instance"
+    " --hydrate=50M.",
+)
+@click.option(
     "--config",
     metavar="FILE",
     envvar="NBDSRV_CONFIG",

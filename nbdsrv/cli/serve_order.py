@@ -11,17 +11,18 @@ The file is read again at each reload; the command line stays what it was.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from nbdsrv.cli.quantities import parse_rate
 from nbdsrv.cli.serving import Serving
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.ops.config import ConfigFile, load_config
 from nbdsrv.ops.offers import Offer
 from nbdsrv.ops.runtime import ADMIN_SOCKET
-from nbdsrv.ops.settings import Settings
+from nbdsrv.ops.settings import ExportTable, Settings
 
 __all__ = ["Order", "Wanted", "understand"]
 
@@ -38,6 +39,7 @@ class Order:
         exports: NAME=SOURCE.
         cache: MiB.
         overlay: directory for what clients write, or None.
+        hydrate: a rate, "" for none; None to leave the base where it is.
     """
 
     serving: Serving
@@ -53,6 +55,7 @@ class Order:
     log_format: str = "text"
     verbose: int = 0
     overlay: str | None = None
+    hydrate: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,7 @@ def _from_file(config: ConfigFile) -> list[Offer]:
                 source=export.source,
                 write=export.write,
                 overlay=export.overlay,
+                hydrate=_hydrate_of(export, partial(config.error, ("export", n, "hydrate"))),
                 prefix=f"{export.name}/" if source.kind in _PREFIXED else "",
                 description=export.description,
                 tls_only=export.tls_only,
@@ -160,6 +164,28 @@ def _from_file(config: ConfigFile) -> list[Offer]:
     return offers
 
 
+def _hydrate_of(export: ExportTable, mistake: Callable[[str], ConfigError]) -> int | None:
+    if export.hydrate is False:
+        return None
+    if export.overlay is None:
+        raise mistake("hydrate fills an overlay; say where it is")
+    try:
+        return _rate("" if export.hydrate is True else str(export.hydrate))
+    except ConfigError as error:
+        raise mistake(str(error)) from error
+
+
+def _rate(text: str | None) -> int | None:
+    """Bytes a second, 0 for any; None for nothing said."""
+    if not text:
+        return None if text is None else 0
+    try:
+        return parse_rate("--hydrate", text)
+    except ConfigError:
+        hint = "for instance 50M; write --hydrate=RATE, or SOURCE before it"
+        raise ConfigError(f"--hydrate {text}: not a rate, {hint}") from None
+
+
 _PREFIXED = frozenset({Kind.REPOSITORY, Kind.HYPERVISOR})
 
 
@@ -180,11 +206,14 @@ def _from_command_line(order: Order) -> list[Offer]:
 
 def _offer(order: Order, name: str, text: str, prefix: str) -> Offer:
     parse_source(text)
+    if order.hydrate is not None and order.overlay is None:
+        raise ConfigError("--hydrate fills overlays; it goes with --overlay DIR")
     return Offer(
         name=name,
         source=text,
         write=order.write,
         overlay=order.overlay,
+        hydrate=_rate(order.hydrate),
         prefix=prefix,
         tls_only=name in order.serving.tls_exports,
     )

@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
 
 from nbdsrv.cli.running import delivering
 from nbdsrv.cli.serve_order import Order, Wanted, understand
@@ -129,7 +128,7 @@ class _Service:
     def _server(self) -> Server:
         serving = self._wanted.serving
         mode = tls_mode(serving, self._catalogue)
-        return Server(
+        server = Server(
             self._catalogue,
             self._workers,
             limits=serving.limits,
@@ -137,6 +136,8 @@ class _Service:
             context=tls_context(serving, mode),
             observer=self._audit,
         )
+        self.offers.traffic = server.traffic
+        return server
 
     async def serve_stdio(self) -> None:
         """One client, on standard input and output."""
@@ -159,6 +160,7 @@ class _Service:
         opened = self._doors.open(self._places(self._wanted))
         try:
             server.listen(opened)
+            self._workers.muster()
             self._watch_signals()
             self._overview = Overview(
                 server,
@@ -319,7 +321,7 @@ class _Service:
             raise
         self.offers.commit(plan)
         self._doors.store()
-        self._swap_windows(
+        await self._swap_windows(
             admin if wanted.admin_socket else None, metrics if wanted.metrics else None
         )
         server.change(limits=serving.limits, tls=mode, context=context)
@@ -337,17 +339,17 @@ class _Service:
             "leaving": leaving,
         }
 
-    def _swap_windows(self, admin: Admin | None, metrics: MetricsEndpoint | None) -> None:
-        old: Sequence[Admin | MetricsEndpoint | None] = (
-            self._admin if admin is not self._admin else None,
-            self._metrics if metrics is not self._metrics else None,
-        )
+    async def _swap_windows(self, admin: Admin | None, metrics: MetricsEndpoint | None) -> None:
+        """The old ones are where they were no more: the next reload may want to be there."""
+        old_admin, old_metrics = self._admin, self._metrics
         self._admin, self._metrics = admin, metrics
-        for each in old:
-            if each is not None:
-                task = asyncio.get_running_loop().create_task(_close_soon(each))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        if old_admin is not None and old_admin is not admin:
+            old_admin.retire()
+            task = asyncio.get_running_loop().create_task(_close_soon(old_admin))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if old_metrics is not None and old_metrics is not metrics:
+            await old_metrics.close()
 
 
 def _want_something(plan: Plan, order: Order) -> None:
@@ -359,9 +361,9 @@ def _want_something(plan: Plan, order: Order) -> None:
         raise ConfigError(f"{order.config}: nothing to serve; {hint}")
 
 
-async def _close_soon(each: Admin | MetricsEndpoint) -> None:
+async def _close_soon(admin: Admin) -> None:
     await asyncio.sleep(FAREWELL_S)
-    await each.close()
+    await admin.close()
 
 
 async def _first(stop: asyncio.Event, server: Server) -> None:

@@ -23,6 +23,7 @@ from nbdsrv.export.exports import Catalogue
 from nbdsrv.net.listener import Listener, activated_sockets, listen
 from nbdsrv.net.server import Limits
 from nbdsrv.net.tls import server_context
+from nbdsrv.ops.arenas import few_arenas
 from nbdsrv.ops.notify import notify
 from protocol.constants import NBD_PORT
 from protocol.handshake.events import TlsMode
@@ -159,7 +160,8 @@ def server_options(command: Command) -> Command:
 
 
 def prepare_process(serving: Serving) -> None:
-    """Descriptors for all connections; threads that do not keep the loop waiting."""
+    """Descriptors for all connections; memory and threads that do not get in the loop's way."""
+    few_arenas()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = serving.max_connections + 256
     if soft < wanted:

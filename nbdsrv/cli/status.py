@@ -60,11 +60,11 @@ def _watch(client: AdminClient, document: "dict[str, object]", interval: float) 
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Live(render(document), screen=True, auto_refresh=False) as live:
+        with Live(screen=True, auto_refresh=False) as live:
             while True:
+                live.update(render(document, live.console.width), refresh=True)
                 time.sleep(interval)
                 document = _look(client)
-                live.update(render(document), refresh=True)
     except KeyboardInterrupt:
         pass
     finally:

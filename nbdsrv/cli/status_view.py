@@ -26,12 +26,14 @@ WIDTH = 160
 Document = Mapping[str, Any]
 
 
-def render(document: Document) -> RenderableType:
-    """For a terminal."""
+def render(document: Document, width: int = WIDTH) -> RenderableType:
+    """For a terminal of that many columns; what does not fit a narrow one is left out."""
     parts: list[RenderableType] = [_head(document["server"])]
-    parts.append(_exports(document["exports"]))
+    parts.append(_exports(document["exports"], width))
     if document["clients"]:
         parts.append(_clients(document["clients"]))
+    if document.get("overlays"):
+        parts.append(_overlays(document["overlays"]))
     if document.get("backups"):
         parts.append(_backups(document["backups"]))
     return Group(*parts)
@@ -80,22 +82,44 @@ def _table(columns: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _exports(exports: Sequence[Document]) -> Table:
-    figures = ("CLIENTS", "READ/S", "WRITE/S", "OTHER/S", "SENT/S", "RECEIVED/S", "TOTAL SENT")
-    waits = ("READ p50", "p99", "WRITE p50", "p99 ")
-    table = _table(("EXPORT", "STATE", *figures, *waits), (*figures, *waits))
+_COLUMNS = {
+    "EXPORT": 0,
+    "STATE": 0,
+    "CLIENTS": 0,
+    "READ/S": 0,
+    "WRITE/S": 0,
+    "OTHER/S": 130,
+    "SENT/S": 0,
+    "RECEIVED/S": 110,
+    "TOTAL SENT": 130,
+    "READ p50": 140,
+    "p99": 100,
+    "WRITE p50": 140,
+    "p99 ": 100,
+}
+"""Of exports, and from what width of the terminal on each is shown: names come first."""
+_OF_WAITS = {"p99": "READ p99", "p99 ": "WRITE p99"}
+"""What they are called where the p50 does not stand before them."""
+
+
+def _exports(exports: Sequence[Document], width: int) -> Table:
+    shown = [name for name, least in _COLUMNS.items() if width >= least]
+    narrow = width < _COLUMNS["READ p50"]
+    headings = [_OF_WAITS.get(name, name) if narrow else name for name in shown]
+    table = _table(headings, headings[2:])
     for export in exports[:MAX_ROWS]:
         lately = export.get("lately")
         row = [_printable(export["name"]) or '""', _state(export), str(export["clients"])]
         if lately is None:
-            row += ["-"] * (len(table.columns) - len(row))
+            row += ["-"] * (len(_COLUMNS) - len(row))
         else:
             read, write = (lately["waits"].get(kind, {}) for kind in ("read", "write"))
             row += [f"{lately[f'{kind}s_per_s']:.0f}" for kind in ("read", "write", "other")]
             row += [f"{_size(lately['sent_per_s'])}/s", f"{_size(lately['received_per_s'])}/s"]
             row += [_size(export["sent"])]
             row += [_wait(each.get(name)) for each in (read, write) for name in ("p50", "p99")]
-        table.add_row(*map(Text, row))
+        cells = zip(_COLUMNS, row, strict=True)
+        table.add_row(*(Text(cell) for name, cell in cells if name in shown))
     _count_rest(table, exports)
     return table
 
@@ -130,6 +154,23 @@ def _clients(clients: Sequence[Document]) -> Table:
             _size(client["received"]),
         )
     _count_rest(table, clients)
+    return table
+
+
+def _overlays(overlays: Sequence[Document]) -> Table:
+    figures = ("\nWRITTEN", "\nCOPIED", "\nTRACED", "\nPREFETCHED")
+    table = _table(("\nOVERLAY", *figures, "\nHYDRATION"), figures)
+    for each in overlays[:MAX_ROWS]:
+        hydration = each["hydration"]
+        said = "off"
+        if hydration is not None:
+            said = str(hydration["state"])
+            if hydration["size"] and said != "complete":
+                said += f", {hydration['position'] / hydration['size']:.0%}"
+        sizes = ("dirty_bytes", "copied_bytes", "recorded_bytes", "prefetched_bytes")
+        cells = (_printable(each["name"]), *(_size(each[name]) for name in sizes), said)
+        table.add_row(*map(Text, cells))
+    _count_rest(table, overlays)
     return table
 
 

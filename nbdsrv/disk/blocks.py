@@ -18,8 +18,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from nbdsrv.errors import DiskError
-
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
 DEFAULT_CACHE = 192 << 20
@@ -115,13 +113,22 @@ class Blocks:
         self._cache.hits += 1
         return entry.data or None
 
+    def at_hand(self, key: int) -> bool:
+        """Does ``get`` take a fraction of a millisecond now, and no disk? Never blocks."""
+        if key in self.held:
+            return True
+        try:
+            return self._at_hand is not None and self._at_hand(key)
+        except Exception:  # noqa: BLE001 - a bug in there must not cost the connection
+            return False
+
     def decode_now(self, key: int, wanted: int) -> bytes | None:
         """As ``get``, on the loop: None if that would wait for the disk or a thread, or fails."""
-        if self._at_hand is None or key in self._decoding or not self._at_hand(key):
-            return None
         try:
+            if self._at_hand is None or key in self._decoding or not self._at_hand(key):
+                return None
             return self.get(key, wanted)
-        except DiskError:
+        except Exception:  # noqa: BLE001 - also a bug of a decoder must not cost the connection
             return None  # whoever asks again in a thread is told why
 
     def get(self, key: int, wanted: int) -> bytes:

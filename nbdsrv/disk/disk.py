@@ -18,6 +18,7 @@ from enum import Flag, auto
 
 from nbdsrv.disk.flights import Landing
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
+from nbdsrv.disk.watch import Watch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
@@ -65,6 +66,8 @@ class Disk(ABC):
         epoch: changes whenever something ``locate`` answered may no longer be true.
         workers: the threads it works on; a wrapper works on those of what it wraps.
         backing: the Disk below, which gives what this one does not have; closed with it.
+        remote: are all its bytes elsewhere, so that ``locate`` has nothing to say, and to be had by
+            ``begin_read``?
         landing: where whole blocks may go, of a Disk that must know of each write; or None.
     """
 
@@ -76,6 +79,7 @@ class Disk(ABC):
     contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
     epoch: int = 0
     backing: "Disk | None" = None
+    remote: bool = False
     landing: Landing | None = None
 
     def __init__(self, workers: Workers) -> None:
@@ -139,6 +143,9 @@ class Disk(ABC):
         """
         del offset, buffer, done
         return False
+
+    def attend(self, watch: Watch) -> None:
+        """Have ``watch`` tell of what comes from elsewhere for ``begin_read``; for the loop."""
 
     async def runs(self, offset: int, length: int) -> Sequence[Run]:
         """``locate``, loading as needed."""

@@ -14,6 +14,7 @@ to know of each: a copy-on-write overlay, where a block changes its state by bei
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 
 from nbdsrv.disk.runs import FileRun
 
@@ -59,8 +60,8 @@ class Landing(Flights):
     """Where writes land that a thread carries out without asking the Disk about each.
 
     The loop asks ``place`` and brackets the thread's work by ``begin`` and ``end``. The thread
-    looks at ``epoch`` before each batch, and puts (offset, length) of each write it has carried out
-    into ``stored`` before it answers it.
+    looks at ``epoch`` before each batch, and hands (offset, length) of each write it has carried
+    out to ``land`` before it answers it.
 
     Attributes:
         epoch: changes when something ``place`` (here or of the Disk) has answered no longer holds.
@@ -73,6 +74,14 @@ class Landing(Flights):
         self.epoch = 0
         self.unit = unit
         self.stored: deque[tuple[int, int]] = deque()
+
+    def land(self, done: Sequence[tuple[int, int]]) -> None:
+        """These have been carried out; before they are answered. The thread calls it.
+
+        Raises:
+            OSError: they must not be answered as done.
+        """
+        self.stored.extend(done)
 
     def place(self, offset: int, length: int) -> tuple[int, FileRun] | None:
         """Where such a write may go, as ``Disk.place``; and the offset that the run begins at."""

@@ -36,7 +36,9 @@ _CACHESTAT = 451
 _pack_range = Struct("=QQ").pack
 _counts = (ctypes.c_uint64 * 5)()
 
-_syscall = ctypes.CDLL(None).syscall
+# A PyDLL keeps the interpreter meanwhile: the call takes a microsecond and cannot block, while
+# getting the interpreter back from threads that decode took thirty.
+_syscall = ctypes.PyDLL(None).syscall
 _syscall.argtypes = [
     ctypes.c_long,
     ctypes.c_int,

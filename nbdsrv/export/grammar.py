@@ -16,7 +16,7 @@ from enum import Enum, auto
 
 from nbdsrv.errors import ConfigError
 
-__all__ = ["Kind", "Source", "parse_source"]
+__all__ = ["NATIVE", "Kind", "Source", "is_native", "parse_source"]
 
 
 class Kind(Enum):
@@ -59,6 +59,8 @@ REPOSITORIES = frozenset(
         "borg",
     }
 )
+NATIVE = frozenset({"repo", "repo+s3"})
+"""Repositories of our own format."""
 HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
 NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix"})
 
@@ -84,6 +86,12 @@ class Source:
     location: str
     selector: str = ""
     partition: int | None = None
+
+
+def is_native(text: str) -> bool:
+    """Does a TARGET name a repository of ours?"""
+    scheme, colon, _ = text.partition(":")
+    return bool(colon) and scheme in NATIVE
 
 
 def parse_source(text: str) -> Source:

@@ -3,15 +3,18 @@
 import errno
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
-from nbdsrv.export.exports import Collection
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.repository.passphrase import passphrase_of
-from nbdsrv.repository.repository import Point
+
+if TYPE_CHECKING:  # most commands serve nothing
+    from nbdsrv.export.exports import Collection
+    from nbdsrv.repository.repository import Point
 
 __all__ = ["open_collection", "open_source"]
 
@@ -90,7 +93,7 @@ async def open_collection(
     *,
     tls_only: bool = False,
     passphrase: Callable[[], str] = passphrase_of,
-) -> Collection | None:
+) -> "Collection | None":
     """The exports of a repository, or of a running VM, which is frozen until it is closed.
 
     None if the SOURCE selects one disk of a repository.

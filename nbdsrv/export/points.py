@@ -16,7 +16,7 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.errors import PointMissing, RepositoryError
+from nbdsrv.errors import PointDamaged, PointMissing, RepositoryError
 from nbdsrv.export.exports import Collection, Export, is_name
 from nbdsrv.repository.repository import Point, Repository
 from nbdsrv.repository.selector import LATEST, Selected, latest_with, select
@@ -79,10 +79,16 @@ class PointExports(Collection):
 
     async def find(self, name: str) -> Export | None:
         """The export a name selects; a selector that means nothing, or several, is none."""
-        if not name.startswith(self._prefix):
+        if name and f"{name}/" == self._prefix:
+            asked = ""  # a repository of one disk, by the name that it was given
+        elif name.startswith(self._prefix):
+            asked = name[len(self._prefix) :]
+        else:
             return None
-        asked = name[len(self._prefix) :]
-        selected = await self._select(asked)
+        try:
+            selected = await self._select(asked)
+        except PointDamaged as error:
+            return self._damaged(name, error)
         if selected is None or not self._serves(selected.point) or not is_name(name):
             return None
         if self.covering is not None:
@@ -94,9 +100,21 @@ class PointExports(Collection):
     async def _select(self, selector: str) -> Selected | None:
         try:
             return await select(self._repository, selector)
+        except PointDamaged:
+            raise
         except RepositoryError as error:
             log.info("export.unknown export=%r reason=%s", selector, error)
             return None
+
+    def _damaged(self, name: str, error: PointDamaged) -> Export | None:
+        """An export that is there and cannot be opened: whoever may have it is told why."""
+        if self._only or self._group is not None or not is_name(name):
+            return None  # it may be none of ours
+
+        async def fail() -> Disk:
+            raise error
+
+        return Export(name, fail, "damaged", tls_only=self.tls_only)
 
     async def _covered(self, covering: Covering, asked: str, selected: Selected) -> Export:
         """One export for each overlay, of the point that it is over."""

@@ -111,7 +111,26 @@ class PagedDisk(Disk):
             file = page.files[index] if page.files else None
             at = page.positions[index] + offset - edges[index]
             return (self._file_run(file, at, end - offset),)
+        if page.kinds[index] == _BLOCK and offset + length <= edges[-1]:
+            return self._locate_blocks(page, index, offset, length)
         return self._locate(offset, length)
+
+    def _locate_blocks(
+        self, page: Page, index: int, offset: int, length: int
+    ) -> Sequence[Run] | None:
+        """As ``_locate``, for what is mostly asked of compressed images: blocks side by side."""
+        edges, kinds, positions, blocks = page.edges, page.kinds, page.positions, self.blocks
+        runs: list[Run] = []
+        start, limit, at = edges[index], offset + length, offset
+        while at < limit:
+            if kinds[index] != _BLOCK:
+                return self._locate(offset, length)
+            end = edges[index + 1]
+            upto = min(end, limit)
+            runs.append(BlockRun(blocks, positions[index], at - start, upto - at))
+            start = at = end
+            index += 1
+        return runs
 
     def _is_at_hand(self, key: int) -> bool:
         """Would decoding that block take a fraction of a millisecond, and no disk? On the loop."""

@@ -24,11 +24,11 @@ from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 
+from nbdsrv.disk.watch import LoopWatch, Watch
 from nbdsrv.errors import DiskError
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.client_outbox import Outbox
 from nbdsrv.net.client_pending import ConnectionLost, Pending, Statuses
-from nbdsrv.net.watch import LoopWatch, Watch
 from protocol.answers import Answer, Data, Done, Failed, Hole, Status
 from protocol.connection import ClientConnection
 from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
@@ -138,7 +138,7 @@ class Client:
         return pending
 
     def begin_read(self, offset: int, buffer: memoryview, done: Callable[[bool], None]) -> bool:
-        """The same for nobody who waits: ``done`` is called once, from the loop and not from within,
+        """The same for nobody who waits: ``done`` is called once, by the loop, never from within,
         with whether ``buffer`` is filled. What was the matter if not, ``read`` tells.
 
         Returns False, and does nothing, if it would have to wait or cannot be asked for.
@@ -312,8 +312,8 @@ class Client:
         del events
         try:
             self._readable()
-        except Exception as error:  # noqa: BLE001 - whoever watches has others to tell
-            log.error("client.bug", exc_info=error)
+        except Exception as error:  # whoever watches has others to tell
+            log.exception("client.bug")
             self._lose(f"a fault of nbdsrv: {error}", os_errno.EIO)
 
     def resume(self) -> None:

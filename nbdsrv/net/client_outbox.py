@@ -12,8 +12,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+from nbdsrv.disk.watch import Watch
 from nbdsrv.net.channel import Channel
-from nbdsrv.net.watch import Watch
 
 __all__ = ["Outbox"]
 

@@ -2,13 +2,15 @@
 
 The state machine is ``protocol.handshake.server``; this answers its questions. One deadline covers
 everything up to the transmission phase, so that a client which connects and stalls costs little
-and not for long (CVE-2024-7409).
+and not for long (CVE-2024-7409); what the server itself takes for opening does not count.
 """
 
+import asyncio
+import contextlib
 import logging
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nbdsrv.disk.disk import Disk
@@ -43,6 +45,9 @@ log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 16
 """Refusals of one client that are reported: who tries a thousand names fills no disk with it."""
+OPENING_S = 60.0
+"""Seconds that looking for an export and opening it may take: a chain on a slow disk, a distant
+store. Longer than that a client waits in vain."""
 CHUNK = 4096
 """Bytes read at a time: handshakes are small, and idle ones should cost nothing."""
 
@@ -87,14 +92,18 @@ class Greeting:
     peer: Peer
     refused: Callable[[Peer, str | None, str], None]
     machine: ServerHandshake = field(init=False)
+    _deadline: asyncio.Timeout = field(init=False)
     _held: tuple[Export, Disk] | None = None
     _told: set[tuple[str | None, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.machine = ServerHandshake(self.mode)
 
-    async def settle(self) -> Settled:
+    async def settle(self, deadline: asyncio.Timeout) -> Settled:
         """Run the handshake to its end.
+
+        Args:
+            deadline: of the caller, running; it is put off by the time that opening takes.
 
         Raises:
             Rejected: no export was agreed on.
@@ -103,6 +112,7 @@ class Greeting:
         On any exception, cancellation included, the export is released; the channel is the
         caller's to close.
         """
+        self._deadline = deadline
         try:
             return await self._negotiate()
         except BaseException:
@@ -121,7 +131,13 @@ class Greeting:
                 if isinstance(event, Close):
                     await self._send()
                     raise Rejected(event.reason, fault=event.fault)
-                event = await self._answer(event)
+                if isinstance(event, StartTls):
+                    await self._send()
+                    await self._upgrade()
+                    event = None
+                else:
+                    with self._at_work():
+                        event = await self._answer(event)
                 # Sent before the next: pipelined LISTs must not pile up their answers.
                 await self._send()
                 event = event or machine.next_event()
@@ -131,6 +147,19 @@ class Greeting:
                 raise Rejected("client left during the handshake", fault=False)
             machine.receive(bytes(scratch[:count]))
 
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """It is the store that takes its time now, not the client."""
+        now, due = asyncio.get_running_loop().time, self._deadline.when()
+        assert due is not None
+        began = now()
+        self._deadline.reschedule(max(due, began + OPENING_S))
+        try:
+            yield
+        finally:
+            if not self._deadline.expired():
+                self._deadline.reschedule(due + now() - began)
+
     def _settled(self, event: Transmit) -> Settled:
         assert self._held is not None
         export, disk = self._held
@@ -139,10 +168,7 @@ class Greeting:
 
     async def _answer(self, event: Event) -> Event | None:
         machine = self.machine
-        if isinstance(event, StartTls):
-            await self._send()
-            await self._upgrade()
-        elif isinstance(event, ListExports):
+        if isinstance(event, ListExports):
             secure = self._may_see_all()
             machine.list_exports(await self.catalogue.listed(secure=secure, peer=self.peer))
         elif isinstance(event, OpenExport):
@@ -151,7 +177,7 @@ class Greeting:
             try:
                 export, _ = await self._visible(event.name)
                 if export is None:
-                    return machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
+                    return self._unknown(event.name)
                 disk = await self._hold(export)
             except _Forbidden:
                 return self._forbidden(event.name)
@@ -163,12 +189,8 @@ class Greeting:
     async def _open(self, event: OpenExport) -> Event | None:
         try:
             export, grant = await self._visible(event.name)
-            if export is None and not self._may_see_all():
-                # The same answer for what is secret and what does not exist.
-                text = f"export {event.name!r} is not served without TLS"
-                return self.machine.refuse(Reply.ERR_TLS_REQD, text)
             if export is None:
-                return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {event.name!r}")
+                return self._unknown(event.name)
             disk = await self._hold(export)
         except _Forbidden:
             return self._forbidden(event.name)
@@ -177,15 +199,27 @@ class Greeting:
         writable = grant is Grant.WRITE
         return self.machine.accept(export_info(export, disk, writable=writable))
 
+    def _unknown(self, name: str) -> Event | None:
+        """The same answer for what is secret and what does not exist."""
+        if not self._may_see_all():
+            text = f"export {name!r} is not served without TLS"
+            return self.machine.refuse(Reply.ERR_TLS_REQD, text)
+        return self.machine.refuse(Reply.ERR_UNKNOWN, f"no export {name!r}")
+
     def _forbidden(self, name: str) -> Event | None:
         return self.machine.refuse(Reply.ERR_POLICY, f"access to export {name!r} is denied")
 
     def _unopened(self, name: str, error: DiskError) -> Event | None:
-        """The client learns that and why, but not where things lie on this host."""
+        """The client learns that and why, but not where things lie on this host.
+
+        UNKNOWN whatever the reason, a store that is down, a damaged image, a point that was pruned,
+        an overlay that somebody else has: of the replies there are it alone says nothing untrue.
+        POLICY and PLATFORM are read as "you may not" and "it never will" by clients.
+        """
         log.warning("export.unopened export=%r reason=%s", name, error)
         self._refuse(name, f"cannot be opened: {error}")
         text = f"export {name!r} cannot be opened: {os.strerror(error.errno)}"
-        return self.machine.refuse(Reply.ERR_PLATFORM, text)
+        return self.machine.refuse(Reply.ERR_UNKNOWN, text)
 
     def _may_see_all(self) -> bool:
         return self.channel.secure or self.mode is not TlsMode.PER_EXPORT

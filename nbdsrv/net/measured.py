@@ -3,6 +3,7 @@
 ::
 
     _answer_reads    _quick_received   the commonest turn: one addition in all
+    AfarReads        begun             reads that another server answers
     everything else  _received  _quick_frames  _reads_begun ...
 
 Rule: ints, added to where a batch ends. Nothing here is locked: it belongs to the loop, and what a
@@ -11,6 +12,7 @@ thread counts while it has the connection is the thread's own (``Writes``).
 
 from time import perf_counter
 
+from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.measures import Measures, Tally
 from nbdsrv.net.payload import Payloads
 from nbdsrv.net.sender import Sender
@@ -26,6 +28,7 @@ class Measured:
     _sender: Sender
     _writes: Writes
     _payloads: Payloads
+    _afar: AfarReads
 
     def __init__(self, measures: Measures, frame: int) -> None:
         """``frame`` is the bytes of a request header."""
@@ -40,16 +43,23 @@ class Measured:
     def tally(self) -> Tally:
         """What has been moved so far. A write that a thread is storing right now may be missing."""
         writes, sender, payloads = self._writes, self._sender, self._payloads
+        begun = self._afar.begun // self._frame_size
         quick = (self._quick_received + self._quick_frames) // self._frame_size
         return Tally(
             received=self._received + self._quick_received + writes.received + payloads.received,
             sent=sender.sent + sender.out.sent + writes.sent,
-            reads=quick + self._reads_begun,
+            reads=quick + begun + self._reads_begun,
             quick=quick,
             writes=writes.stored + payloads.slow_writes + self._empty_writes,
             others=self._others,
             refused=self._refusals,
         )
+
+    @property
+    def asked(self) -> int:
+        """Bytes the client has sent: a number that changes with each request."""
+        received = self._received + self._quick_received
+        return received + self._writes.received + self._payloads.received
 
     def watch(self) -> None:
         """Time the next turn. It goes the long way round, so that the short one need not ask."""

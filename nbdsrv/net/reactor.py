@@ -4,6 +4,7 @@
 
     uvloop ── add_reader ──> epoll ──┬── client 1      on_events()
                                      ├── client 2      on_events()
+                                     ├── a server that a proxied export comes from (``tend``)
                                      └── eventfd       Workers.complete()
 
 Why not one ``add_reader`` per client: at low queue depth a server spends its time waking up, not
@@ -16,15 +17,21 @@ Rule: handlers run on the loop, never block, and bound the work of one call.
 """
 
 import asyncio
+import logging
 import select
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol
+from weakref import WeakSet
 
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.watch import Handler, LoopWatch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.net.buffers import Buffers
 
 __all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
+
+log = logging.getLogger(__name__)
 
 RECEIVE_SIZE = 1 << 19
 """Bytes taken from one client at a time: three writes of 256 KiB and most of the next."""
@@ -42,22 +49,14 @@ MISS_COST = 4
 """Looking must succeed at least once in five times, or it stops until traffic is lively again."""
 
 
-class Handler(Protocol):
-    """What a descriptor in the reactor is served by."""
-
-    def on_events(self, events: int) -> None:
-        """Descriptor is ready (EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP). Must not raise."""
-
-    def resume(self) -> None:
-        """Its turn has come again (see ``Reactor.again``). Must not raise."""
-
-
 class Reactor:
     """Serves the transmission phase of all clients of one event loop.
 
     Attributes:
         alone: has only one client asked for anything in this turn?
-        afar: reads under way whose answers come by the event loop: it is not kept waiting for them.
+        afar: reads under way that other servers answer.
+        calm: is there to be no looking in this turn? Set by whoever serves what other servers
+            answer: on two processors, of which one is theirs, looking takes the client's.
     """
 
     def __init__(self, workers: Workers, buffers: Buffers) -> None:
@@ -68,11 +67,15 @@ class Reactor:
         self.waste = memoryview(bytearray(WASTE_SIZE))
         self.alone = True
         self.afar = 0
+        self.calm = False
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._again: deque[Handler] = deque()
         self._again_soon = False
+        self._due: list[Callable[[], None]] = []
+        self._serving = False
+        self._tended: WeakSet[Disk] = WeakSet()
         self._closed = False
         self._credit = MAX_CREDIT
         self._epoll.register(workers.fileno(), select.EPOLLIN)
@@ -97,12 +100,25 @@ class Reactor:
         self._again.append(handler)
         self._wake_soon()
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call ``call`` once all who are ready now have been served. Must not raise."""
+        if not self._due and not self._serving:
+            self._loop.call_soon(self._end_pass)
+        self._due.append(call)
+
+    def tend(self, disk: Disk) -> None:
+        """See to the connections that ``disk`` reads from, if it has any, until the end."""
+        self._tended.add(disk)
+        disk.attend(self)
+
     def renew_receive(self) -> None:
         """Somebody keeps the receive buffer (and releases it one day): take another."""
         self.receive = self.buffers.borrow(RECEIVE_SIZE)
 
     def close(self) -> None:
         """Serve nobody any more. Descriptors stay their owners'."""
+        for disk in tuple(self._tended):
+            disk.attend(LoopWatch())
         self._closed = True
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
@@ -110,18 +126,22 @@ class Reactor:
         self.buffers.release(self.arena)
 
     def _wake(self) -> None:
-        self._again_soon = False
+        self._again_soon = self.calm = False
         if self._closed:
             return
         poll, again = self._epoll.poll, self._again
         events = poll(0)
         turn_ends = perf_counter() + TURN
         while True:
+            self._serving = True
             if events:
                 self._serve(events)
             if again:
                 for _ in range(len(again)):
                     again.popleft().resume()
+            if self._due:
+                self._end_pass()
+            self._serving = False
             now = perf_counter()
             if self._closed:
                 return
@@ -132,7 +152,9 @@ class Reactor:
             if again:
                 events = poll(0)
                 continue
-            if self._credit <= 0 or self.workers.outstanding or self.afar:
+            if self.calm or self.afar:
+                return
+            if self._credit <= 0 or self.workers.outstanding:
                 self._credit += 1
                 return
             spin_ends = now + SPIN
@@ -147,6 +169,15 @@ class Reactor:
         if not self._again_soon:
             self._again_soon = True
             self._loop.call_soon(self._wake)
+
+    def _end_pass(self) -> None:
+        while self._due:
+            due, self._due = self._due, []
+            for call in due:
+                try:
+                    call()
+                except Exception:
+                    log.exception("reactor.bug")
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         handlers = self._handlers

@@ -52,6 +52,8 @@ SEND_AT = 160 << 10
 """Bytes of replies after which they are sent, so that the client works while we do."""
 
 NO_WINDOW = (0, 0, -1, 0, NEVER)
+NOT_SOUGHT: tuple[int, int, Sequence[Run] | None] = (-1, 0, None)
+"""What ``locate`` has just said of a range that ``serve`` then stopped at."""
 _SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
 _preadv, _pack_chunk, _pack_simple = os.preadv, STRUCTURED_DATA.pack_into, SIMPLE_WORDS.pack_into
 
@@ -90,6 +92,7 @@ class Reads:
         self._longest = disk.block_sizes.maximum
         self._runs: Sequence[Run] | None = None
         self._window = NO_WINDOW
+        self._sought = NOT_SOUGHT
         self._residency = Residency(NEVER)
         self._cold = -1
         self._decoded = 0
@@ -107,6 +110,7 @@ class Reads:
             self._epoch = self._disk.epoch
             self._window = NO_WINDOW
         self._decoded = 0
+        self._sought = NOT_SOUGHT
         start, stop, fd, shift, inline = self._window
         unpack_from, size, read_key, dialect, head, large = self._constants
         sender = self._sender
@@ -179,7 +183,9 @@ class Reads:
         start, stop, *_ = self._window
         self._runs = None
         if at < start or at + length > stop:
-            runs = self._runs = self._disk.locate(at, length)
+            sought, self._sought = self._sought, NOT_SOUGHT
+            known = sought[0] == at and sought[1] == length
+            runs = self._runs = sought[2] if known else self._disk.locate(at, length)
             if runs is None:
                 return False
             first = runs[0]
@@ -217,6 +223,7 @@ class Reads:
             return None
         runs = self._disk.locate(offset, length)
         if not runs or runs[0].length < length:
+            self._sought = (offset, length, runs)
             return None
         first = runs[0]
         if isinstance(first, FileRun):

@@ -45,6 +45,10 @@ ACCEPT_BATCH = 64
 """Connections accepted before others have their turn."""
 WATCH_S = 0.1
 """Seconds between turns of a client that are timed."""
+UNHEARD_S = 8.0
+"""Seconds without taking a byte after which a server that stops no longer waits for a client."""
+PATIENCE_S = 5.0
+"""Seconds after which a server that stops says what keeps it: a store or disk that hangs."""
 ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
 
@@ -148,6 +152,15 @@ class Server:
         """Clients that have not attached yet."""
         return len(self._greetings)
 
+    def traffic(self) -> int | None:
+        """A number that changes with each request; None while one waits for its answer."""
+        total = 0
+        for client in self.sessions:
+            if client.waited_for:
+                return None
+            total += client.asked
+        return total
+
     def change(self, *, limits: Limits, tls: TlsMode, context: ssl.SSLContext | None) -> None:
         """For whoever connects from now on. The memory budget stays what it is."""
         self._limits, self._tls, self._context = limits, tls, context
@@ -209,13 +222,37 @@ class Server:
             client.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain_s):
-                await self._empty.wait()
+                await self._drained()
         for client in list(self.sessions):
             client.abort()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._empty.wait()
+        if not self._empty.is_set():
+            names = sorted({session.name for session in self.sessions.values()})
+            log.warning("stop.waiting for what is in flight exports=%r", names)
         await self._empty.wait()
         if self._releases:
             await asyncio.wait(self._releases)
         self._reactor.close()
+
+    async def _drained(self) -> None:
+        """Return when there is no client.
+
+        One that takes nothing of its answers is not waited for to the end: it has been stopped, or
+        hangs, and would hold up everybody's restart.
+        """
+        sent: dict[Transmission, int] = {}
+        while not self._empty.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UNHEARD_S):
+                    await self._empty.wait()
+            for client in list(self.sessions):
+                now = client.tally().sent
+                if client.unheard and sent.get(client) == now:
+                    client.reason = "the server stops, and it takes no answers"
+                    client.abort()
+                sent[client] = now
 
     # --- accepting ------------------------------------------------------
 
@@ -271,8 +308,8 @@ class Server:
             greeting = Greeting(
                 channel, self._catalogue, self._tls, self._context, peer, self._refused
             )
-            async with asyncio.timeout(self._limits.handshake_s):
-                settled = await greeting.settle()
+            async with asyncio.timeout(self._limits.handshake_s) as deadline:
+                settled = await greeting.settle(deadline)
         except TimeoutError:
             log.info("handshake.timeout after=%gs", self._limits.handshake_s)
         except (ConnectionError, OSError) as error:

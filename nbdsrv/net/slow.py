@@ -2,10 +2,11 @@
 
 Everything that is not in memory, not a plain overwrite, or rare::
 
-    cold READ of one kind            ``fetch``       a thread
-    READ of another server's export  ``fetch_afar``  neither: ``Disk.begin_read``, then a callback
-    mixed READ, or one in trouble    ``start``       a task
-    status, FLUSH, TRIM, zeroes ...  ``start``       a task
+    cold READ of one kind            ``fetch``    a thread
+    mixed READ, or one in trouble    ``start``    a task
+    status, FLUSH, TRIM, zeroes ...  ``start``    a task
+
+READs of another server's export come here only when they are in trouble (``afar``).
 
 Only here (and in ``transmission``, for stored writes) does an operating system's errno become the
 wire's.
@@ -42,14 +43,10 @@ MAX_IN_FLIGHT_BYTES = 16 << 20
 """Bytes those requests may move, likewise."""
 STATUS_BYTES = 1 << 20
 """Bytes a BLOCK_STATUS counts for: its answer is that long for a fragmented image."""
+MAX_TOLD = 8
+"""Failed requests of one client that are logged: a bad disk fails many, and one line will do."""
 MAX_READING = 16
 """Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
-MAX_AFAR = 64
-"""Reads of one client under way at a time that no thread of ours works on."""
-JOINED = (1 << 16) - 64
-"""Bytes of a reply up to which it is received behind its header, to be sent in one go; the buffer
-of a longer one would be twice as large."""
-
 Answer = list[tuple[memoryview | bytes, Buffer | None]]
 """What to send, in order; a buffer is released after the part it stands beside."""
 
@@ -59,6 +56,7 @@ class SlowRequests:
 
     Attributes:
         in_flight: requests (and other work of the client) that have not been answered.
+        moving: bytes they move.
     """
 
     def __init__(
@@ -82,23 +80,18 @@ class SlowRequests:
         self._measures = measures
         self._began: dict[int, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._bytes = 0
         self._fetching = 0
-        self._afar = 0
-        self._arrived: list[Request] = []
-        self._answers: Answer = []
+        self._told = 0
         self.in_flight = 0
+        self.moving = 0
         self._reading = asyncio.Semaphore(MAX_READING)
 
     def full(self) -> bool:
         """Is so much being worked on that no more should be received?"""
-        return self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_IN_FLIGHT_BYTES
+        return self.in_flight >= MAX_IN_FLIGHT or self.moving >= MAX_IN_FLIGHT_BYTES
 
     def fetch(self, request: Request, runs: Sequence[Run]) -> None:
         """READ what threads can get and one chunk can carry: a thread, but no task."""
-        if isinstance(runs[0], RemoteRun):
-            self.fetch_afar(request)
-            return
         length = request.length
         header = self._encoder.data_header(
             request.cookie, request.offset, request.offset, length, done=True
@@ -138,60 +131,6 @@ class SlowRequests:
         self._buffers.release(buffer)
         self.start(request, self.read(request))  # which knows how to tell what is wrong
 
-    def fetch_afar(self, request: Request) -> None:
-        """READ what only the Disk itself can give: no thread, and mostly no task.
-
-        The bytes are received where they are sent from, short ones behind their header.
-        """
-        cookie, at, length = request.cookie, request.offset, request.length
-        if self._afar >= MAX_AFAR or not self._buffers.affords(length):
-            self.start(request, self.read(request))
-            return
-        self._begin(request)
-        self._afar += 1
-        self._reactor.afar += 1
-        header = self._encoder.data_header(cookie, at, at, length, done=True)
-        begin = len(header) if length <= JOINED else 0
-        buffer = self._buffers.borrow(begin + length)
-        done = partial(self._fetched_afar, request, buffer, header, begin)
-        if not self._disk.begin_read(at, buffer.data[begin : begin + length], done):
-            done(good=False)
-
-    def _fetched_afar(
-        self,
-        request: Request,
-        buffer: Buffer,
-        header: bytes,
-        begin: int,
-        good: bool,  # noqa: FBT001 - as ``Disk.begin_read`` calls it
-    ) -> None:
-        self._afar -= 1
-        self._reactor.afar -= 1
-        if not good:  # a task waits as long as it takes, and tells what is wrong
-            self._end(request)
-            self._buffers.release(buffer)
-            self.start(request, self.read(request))
-            return
-        self._arrived.append(request)
-        if begin:
-            buffer.data[:begin] = header
-        else:
-            self._answers.append((header, None))
-        self._answers.append((buffer.data[: begin + request.length], buffer))
-        if not self._afar:
-            self._send_arrived()
-        elif len(self._arrived) == 1:  # what arrives with it leaves with it
-            asyncio.get_running_loop().call_soon(self._send_arrived)
-
-    def _send_arrived(self) -> None:
-        arrived, self._arrived = self._arrived, []
-        if not arrived:
-            return
-        answers, self._answers = self._answers, []
-        for request in arrived:
-            self._end(request)
-        self._deliver(answers)
-
     def start(
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
     ) -> None:
@@ -206,7 +145,9 @@ class SlowRequests:
     ) -> None:
         try:
             answer = await work
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            # Nobody cancels this task: what was cancelled is something it waited for. A request
+            # without an answer would hang its client, and the server when it is to stop.
             if not isinstance(error, DiskError | OSError):
                 log.exception("session.bug in request %s", request)
             answer = [(self.failure(request, error), None)]
@@ -217,12 +158,12 @@ class SlowRequests:
 
     def _begin(self, request: Request) -> None:
         self.in_flight += 1
-        self._bytes += _weight(request)
+        self.moving += _weight(request)
         self._began[id(request)] = perf_counter()
 
     def _end(self, request: Request) -> None:
         self.in_flight -= 1
-        self._bytes -= _weight(request)
+        self.moving -= _weight(request)
         took = perf_counter() - self._began.pop(id(request))
         measures = self._measures
         if request.command == Command.READ:
@@ -360,11 +301,21 @@ class SlowRequests:
         fast = request.flags & CommandFlag.FAST_ZERO and request.command == Command.WRITE_ZEROES
         if errno is Errno.ENOTSUP and not fast:
             errno = Errno.EINVAL  # proto.md: without FAST_ZERO, ENOTSUP is forbidden
+        if errno is not Errno.ENOTSUP:
+            self._tell(request, error)
         offset = error.offset if isinstance(error, DiskError) else None
         if offset is not None and not request.offset <= offset < request.offset + request.length:
             offset = None
         text = _DIRECTORIES.sub("", str(error).replace(self._disk.name, self._name))
         return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
+
+    def _tell(self, request: Request, error: BaseException) -> None:
+        if self._told >= MAX_TOLD:
+            return
+        self._told += 1
+        what = f"{Command(request.command).name} of {request.length} at {request.offset}"
+        more = " (this client's others are not logged)" if self._told == MAX_TOLD else ""
+        log.warning("request.failed disk=%r %s reason=%s%s", self._name, what, error, more)
 
 
 _DIRECTORIES = re.compile(r"\S*/(?=\S)")

@@ -26,10 +26,13 @@ from collections.abc import Callable
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import make_resident
+from nbdsrv.disk.runs import RemoteRun
+from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.measured import Measured
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.outgoing import FilePart
+from nbdsrv.net.packed import PackedReads
 from nbdsrv.net.payload import Payloads, Refusal
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from nbdsrv.net.reads import Reads
@@ -110,6 +113,13 @@ class Transmission(Measured):
         self._slow = SlowRequests(
             disk, reactor, self._encoder, agreement.contexts, self._deliver, measures
         )
+        self._afar = AfarReads(
+            disk, reactor, self._encoder, dialect, self._slow, self._deliver, measures
+        )
+        self._packed = PackedReads(
+            disk, reactor, self._encoder, self._slow, self._deliver, measures
+        )
+        self._remote = disk.remote
         self._sender = Sender(reactor, channel, self._warm)
         self._reads = Reads(disk, reactor, self._sender, self._encoder, dialect, channel.secure)
         self._writes = Writes(
@@ -138,6 +148,11 @@ class Transmission(Measured):
         self._turn_length = TURN_REQUESTS * self._frame.size
         self._stall = Stall(reactor.buffers, self._progress, self._give_up)
         self._mask = _READ
+
+    @property
+    def waited_for(self) -> bool:
+        """Is there a request that has not been answered yet, or a thread that serves this one?"""
+        return bool(self._slow.in_flight or self._writes.lent)
 
     # --- life ------------------------------------------------------
 
@@ -176,6 +191,11 @@ class Transmission(Measured):
         if not self._closed:
             self._ending = True
             self._after()
+
+    @property
+    def unheard(self) -> bool:
+        """Is it the client's turn: are there answers that it does not take?"""
+        return self._sender.out.blocked
 
     def abort(self) -> None:
         """Close at once. What is in flight finishes unheard."""
@@ -283,8 +303,15 @@ class Transmission(Measured):
             self._end_of_stream = end == 0
             self._keep(rx, 0, 0)
             return False
-        at = self._reads.serve(rx, 0, min(end, self._turn_length))
-        self._quick_received += at
+        limit = min(end, self._turn_length)
+        if self._remote:  # begun is as good as answered
+            at = self._afar.serve(rx, 0, limit)
+            self._received += at
+            if at == end:
+                return not (self._channel.pending() or self._slow.full())
+        else:
+            at = self._reads.serve(rx, 0, limit)
+            self._quick_received += at
         if at == end:
             return self._sender.push() and not self._channel.pending()
         self._received += end - at
@@ -376,7 +403,11 @@ class Transmission(Measured):
         size, sender = self._frame.size, self._sender
         requests = 0
         while end - at >= size:
-            if not self._draining:
+            if self._remote and not self._draining:
+                at = self._afar.serve(rx, at, min(end, self._turn_length))
+                if end - at < size or at >= self._turn_length or not self._may_read():
+                    break
+            elif not self._draining:
                 before = at
                 at = self._reads.serve(rx, at, min(end, at + self._turn_length))
                 self._quick_frames += at - before
@@ -442,8 +473,13 @@ class Transmission(Measured):
         if self._reads.read(request):
             return
         runs = self._reads.runs(request)
+        if runs is not None and isinstance(runs[0], RemoteRun):
+            if self._afar.begin(request.cookie, request.offset, request.length):
+                return
+            runs = None
         if runs is not None and request.length <= MAX_FETCH:
-            self._slow.fetch(request, runs)
+            if not self._packed.begin(request, runs):
+                self._slow.fetch(request, runs)
         else:
             self._slow.start(request, self._slow.read(request))
 

@@ -142,7 +142,7 @@ class Writes:
             after = data + length
             if key != write_key or after > end or not length:
                 break
-            if offset < start or offset + length > stop or (offset | length) & mask:
+            if offset < start or offset + length > stop or (mask and (offset | length) & mask):
                 break
             append((cookie, offset, fd, offset + shift, rx[data:after], False))
             at = after
@@ -286,7 +286,10 @@ class Writes:
         failures = store(writes)
         if self._landing is not None:  # before anybody is told that it is done
             done_well = [w for i, w in enumerate(writes) if i not in failures]
-            self._landing.stored.extend([(w[1], len(w[4])) for w in done_well])
+            try:
+                self._landing.land([(w[1], len(w[4])) for w in done_well])
+            except OSError as error:
+                failures = dict.fromkeys(range(len(writes)), error)
         if failures:
             replies = [self._reply(write, failures.get(i)) for i, write in enumerate(writes)]
         else:

@@ -64,6 +64,13 @@ class Admin:
             self._talk, sock=self._listener.sock, limit=MAX_LINE
         )
 
+    def retire(self) -> None:
+        """Remove the socket, so that another may be there; who is connected goes on asking."""
+        if self._server is not None and self._listener is not None:
+            self._server.close()
+            self._listener.close()
+            self._listener.path = None  # what will be there is not ours, whatever its inode
+
     async def close(self) -> None:
         """Hang up on everybody and remove the socket. Idempotent."""
         if self._server is None or self._listener is None:

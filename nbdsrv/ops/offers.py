@@ -48,6 +48,8 @@ class Offer:
         source: a SOURCE.
         write: let clients write.
         overlay: directory for what they write, or None.
+        hydrate: bytes of the base a second that are copied there meanwhile; 0: as fast as it
+            goes; None: it is not.
         prefix: of the names of a collection's exports.
         passphrase_file: of a repository; None for the environment's.
         description: for LIST; None for the file's name.
@@ -60,6 +62,7 @@ class Offer:
     source: str
     write: bool = False
     overlay: str | None = None
+    hydrate: int | None = None
     prefix: str = ""
     passphrase_file: str | None = None
     description: str | None = None
@@ -75,6 +78,7 @@ class Offer:
             self.source,
             self.write,
             self.overlay,
+            self.hydrate,
             self.prefix,
             self.passphrase_file,
         )
@@ -103,6 +107,7 @@ class Offers:
 
     Attributes:
         served: what the catalogue has, and what it was offered as.
+        traffic: of the clients; what goes on behind overlays waits for its pauses.
     """
 
     def __init__(self, catalogue: Catalogue, workers: Workers) -> None:
@@ -113,6 +118,11 @@ class Offers:
         self._closing: set[asyncio.Task[None]] = set()
         self._covers: dict[str, Overlays] = {}
         self.served: list[tuple[Offer, Served]] = []
+        self.traffic: Callable[[], int | None] = lambda: 0
+
+    def overlays(self) -> list[dict[str, object]]:
+        """What is told of the overlays that are open."""
+        return [facts for each in self._covers.values() for facts in each.facts()]
 
     async def prepare(self, offers: Sequence[Offer]) -> Plan:
         """Open what is new, and look whether it can be read.
@@ -122,7 +132,9 @@ class Offers:
             DiskError: one cannot be opened.
         """
         plan = Plan()
-        known = {offer.substance: served for offer, served in self.served}
+        # An overlay that is leaving is taken back as it is: nobody can open it a second time.
+        leaving = [each for each in self._leaving if each[0].overlay is not None]
+        known = {offer.substance: served for offer, served in [*leaving, *self.served]}
         try:
             for offer in offers:
                 served = known.get(offer.substance)
@@ -158,9 +170,9 @@ class Offers:
             if isinstance(served, Export):
                 served.description = _description(offer)
         kept = {id(served) for _, served in plan.served}
-        self._leaving += [
+        self._leaving = [
             (offer, served)
-            for offer, served in self.served
+            for offer, served in [*self._leaving, *self.served]
             if isinstance(served, Export) and id(served) not in kept
         ]
         before = self._catalogue.collections
@@ -221,7 +233,7 @@ class Offers:
             )
             if collection is not None:
                 if offer.overlay is not None:
-                    self._overlays(offer.overlay).cover(collection, source)
+                    self._overlays(offer.overlay).cover(collection, source, offer.hydrate)
                 return collection
         export = Export(
             name=offer.name,
@@ -231,7 +243,7 @@ class Offers:
         )
         if offer.overlay is not None:
             opener = partial(open_source, workers=self._workers, passphrase=passphrase)
-            self._overlays(offer.overlay).over(export, source, opener)
+            self._overlays(offer.overlay).over(export, source, opener, offer.hydrate)
         return export
 
     def _overlays(self, directory: str) -> "Overlays":
@@ -239,7 +251,10 @@ class Offers:
         from nbdsrv.overlay.exports import Overlays
 
         key = os.path.abspath(directory)
-        return self._covers.setdefault(key, Overlays(key, self._workers))
+        return self._covers.setdefault(key, Overlays(key, self._workers, self._traffic_now))
+
+    def _traffic_now(self) -> int | None:
+        return self.traffic()
 
     def _opener(
         self, offer: Offer, source: Source, passphrase: Callable[[], str]

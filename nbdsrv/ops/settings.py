@@ -114,6 +114,7 @@ class ExportTable(_Table, frozen=True):
     source: Text
     write: bool = False
     overlay: Text | None = None
+    hydrate: bool | Text = False
     description: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
     allow: tuple[RuleTable, ...] | None = None
     hidden: bool = True

@@ -58,6 +58,7 @@ class Overview:
             "server": self.process(),
             "exports": self.exports(),
             "clients": self.clients(),
+            "overlays": self.offers.overlays(),
         }
 
     def process(self) -> dict[str, object]:

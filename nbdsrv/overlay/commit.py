@@ -17,6 +17,7 @@ from nbdsrv.backup.parent import Parent
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, PointMissing
+from nbdsrv.export.grammar import Kind
 from nbdsrv.export.opener import open_source
 from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.door import FROZEN, MAX_PATH
@@ -101,7 +102,8 @@ async def _served(path: str, workers: Workers, contexts: Sequence[str]) -> Async
 def parent_of(destination: Destination, found: Description, group: str, disk: str) -> Parent:
     """The point the overlay is over, in a repository. Blocking.
 
-    It must be the same to the byte: of equal id and content hash, or a copy of it.
+    It must be the same to the byte: of ours, of equal content hash, here or copied; of Xen
+    Orchestra's, the very one.
 
     Raises:
         RepositoryError: no group can have that name.
@@ -109,6 +111,8 @@ def parent_of(destination: Destination, found: Description, group: str, disk: st
     """
     destination.check_group(group)
     point, image = found.base.get("point"), found.base.get("image_id")
+    if point and _home(found) == destination.place:
+        return _upon_latest(destination, found, group, disk)
     if not point or not image:
         return Parent(
             None, f"the overlay is over {found.source}, which is no restore point of ours"
@@ -125,6 +129,33 @@ def parent_of(destination: Destination, found: Description, group: str, disk: st
             destination.prove(record, disk)
             return Parent(record, named=True)
     return Parent(None, f"the point the overlay is over, {found.selector}, is not there")
+
+
+def _home(found: Description) -> str:
+    """The ``place`` of a Xen Orchestra remote that an overlay's base lies in; else ""."""
+    source = base_source(found)
+    local = source.kind is Kind.REPOSITORY and source.scheme == "xo"
+    return f"xo {os.path.realpath(source.location)}" if local else ""
+
+
+def _upon_latest(destination: Destination, found: Description, group: str, disk: str) -> Parent:
+    """Xen Orchestra's disks are a chain: of two children it can merge neither.
+
+    So only the latest point can be built upon, and the second commit of an overlay is whole.
+    """
+    if reason := destination.renewal(group):
+        return Parent(None, reason)
+    keys = destination.stored(group)
+    try:
+        record = destination.point(keys[-1]) if keys else None
+    except (ObjectMissing, CorruptImage):
+        record = None
+    known = record.disk(disk) if record is not None and record.id == found.base["point"] else None
+    if record is None or known is None or known.size != found.size:
+        text = f"{found.selector}, which the overlay is over, is not the latest point"
+        return Parent(None, f"{text}; Xen Orchestra merges chains, not trees")
+    destination.prove(record, disk)
+    return Parent(record, named=True)
 
 
 CHANGED = DIRTY_CONTEXT

@@ -14,20 +14,26 @@ moves on as long as nothing was written, and not any more from then on.
 """
 
 import asyncio
+import math
 import os
 from collections.abc import Awaitable, Callable
 
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError, PointMissing
 from nbdsrv.export.exports import Collection, Export
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.export.points import PointExports
+from nbdsrv.overlay.background import Background
 from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.door import Door
 from nbdsrv.overlay.opening import open_overlay
 from nbdsrv.overlay.place import directory_name, read_description
+from nbdsrv.overlay.quiet import NOBODY, Traffic
+from nbdsrv.overlay.recording import Recording
 from nbdsrv.overlay.source import absolute, pinned
+from nbdsrv.overlay.trace_place import TracePlace
 from nbdsrv.repository.repository import Point
 
 __all__ = ["Overlays", "check_coverable", "recorded"]
@@ -43,14 +49,21 @@ def check_coverable(source: Source) -> None:
 class Overlays:
     """All overlays in DIR that one server serves. Belongs to one event loop."""
 
-    def __init__(self, directory: str, workers: Workers) -> None:
-        """Nothing is made yet."""
+    def __init__(self, directory: str, workers: Workers, traffic: Traffic = NOBODY) -> None:
+        """Nothing is made yet; ``traffic`` is of the server's clients."""
         self._directory = directory
+        self._traffic = traffic
+        self._rates: dict[int, Rate] = {}
+        self._backgrounds: set[Background] = set()
         self._workers = workers
         self._doors: set[Door] = set()
 
     def over(
-        self, export: Export, source: Source, opener: Callable[[Source], Awaitable[Disk]]
+        self,
+        export: Export,
+        source: Source,
+        opener: Callable[[Source], Awaitable[Disk]],
+        hydrate: int | None = None,
     ) -> None:
         """From now on ``export`` opens an overlay over what ``source`` names.
 
@@ -58,6 +71,8 @@ class Overlays:
             export: nobody has opened it yet.
             source: the base.
             opener: opens it, or the very point that an overlay is over; read-only.
+            hydrate: bytes of the base a second that are copied into the overlay while it is in
+                use, 0: as fast as it goes; None: it is not.
 
         Raises:
             ConfigError: nothing can lie over that.
@@ -72,9 +87,9 @@ class Overlays:
                 raise self._gone(export.name, found, error) from error
 
         whole = source.partition is None
-        self._cover(export, open_base, absolute(source), whole=whole)
+        self._cover(export, open_base, absolute(source), whole=whole, hydrate=hydrate)
 
-    def cover(self, collection: Collection, source: Source) -> None:
+    def cover(self, collection: Collection, source: Source, hydrate: int | None = None) -> None:
         """Each export of a repository gets an overlay of its own.
 
         Raises:
@@ -83,7 +98,11 @@ class Overlays:
         check_coverable(source)
         if not isinstance(collection, PointExports):
             raise ConfigError(f"{source.text}: has no exports that overlays could lie over")
-        collection.covering = _Covering(self, absolute(source))
+        collection.covering = _Covering(self, absolute(source), hydrate)
+
+    def facts(self) -> list[dict[str, object]]:
+        """Of each overlay that is open; for ``status``."""
+        return [each.facts for each in self._backgrounds]
 
     async def close(self) -> None:
         """Let commits that are running end in an error, so that all overlays can be closed."""
@@ -108,26 +127,40 @@ class Overlays:
         source: str,
         *,
         whole: bool = True,
+        hydrate: int | None = None,
     ) -> None:
         async def open_() -> Disk:
-            base = await open_base()
-            overlay = await open_overlay(base, self._directory, export.name, source, whole=whole)
+            base = Recording(await open_base())
+            directory = self._directory
+            overlay = await open_overlay(base, directory, export.name, source, whole=whole)
             door = Door(overlay, export)
             try:
                 await door.open()
             except BaseException:
                 await overlay.close()
                 raise
+            place = TracePlace(base.inside, directory, source)
+            background = Background(overlay, base, place, self._traffic, self._rate(hydrate))
             self._doors.add(door)
+            self._backgrounds.add(background)
+            overlay.companions.append(background.stop)
             overlay.companions.append(door.close)
-            overlay.companions.append(self._forgetting(door))
+            overlay.companions.append(self._forgetting(door, background))
+            background.start()
             return overlay
 
         export.open = open_
 
-    def _forgetting(self, door: Door) -> Callable[[], Awaitable[None]]:
+    def _rate(self, hydrate: int | None) -> Rate | None:
+        """What ``Background`` is told. All that have the same rate share it."""
+        if hydrate is None:
+            return None
+        return self._rates.setdefault(hydrate, Rate(hydrate or math.inf))
+
+    def _forgetting(self, door: Door, background: Background) -> Callable[[], Awaitable[None]]:
         async def forget() -> None:
             self._doors.discard(door)
+            self._backgrounds.discard(background)
             await asyncio.sleep(0)
 
         return forget
@@ -136,9 +169,10 @@ class Overlays:
 class _Covering:
     """For ``PointExports``: see ``export.points.Covering``."""
 
-    def __init__(self, overlays: Overlays, source: str) -> None:
+    def __init__(self, overlays: Overlays, source: str, hydrate: int | None) -> None:
         self._overlays = overlays
         self._source = source
+        self._hydrate = hydrate
 
     async def settle(self, prefix: str, asked: str, point: Point, disk: str) -> tuple[str, str]:
         """The name an export has whatever it was asked by, and the selector of its point."""
@@ -148,7 +182,8 @@ class _Covering:
 
     def over(self, export: Export) -> None:
         """``export`` opens an overlay over what it opened before."""
-        self._overlays._cover(export, export.open, self._source)  # noqa: SLF001 - as above
+        cover = self._overlays._cover  # noqa: SLF001 - as above
+        cover(export, export.open, self._source, hydrate=self._hydrate)
 
 
 def _said(asked: str, point: Point) -> str:

@@ -12,7 +12,6 @@ Rule: everything here blocks.
 import os
 import secrets
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from nbdsrv.disk.disk import Disk
@@ -24,7 +23,9 @@ from nbdsrv.overlay.durability import Durability
 from nbdsrv.overlay.files import Files
 from nbdsrv.overlay.journal import Record
 from nbdsrv.overlay.map_file import DATA_NAME, MAP_NAME, MapFile, Replayed, read_map
+from nbdsrv.overlay.pinning import pin
 from nbdsrv.overlay.place import Place
+from nbdsrv.overlay.recent import Recent
 
 __all__ = ["Opened", "open_files"]
 
@@ -39,6 +40,7 @@ class Opened:
         made: is it on the disk?
         data_fd: descriptor of the data file, -1 until it is made.
         files: through which they are changed.
+        recent: states that the map does not have yet; of what is made.
     """
 
     def __init__(self, place: Place, description: Description, files: Files) -> None:
@@ -51,9 +53,10 @@ class Opened:
         self.states = BlockMap()
         self.made = False
         self.data_fd = -1
+        self.recent: Recent | None = None
         self._place = place
         self._map: MapFile | None = None
-        self._doubts: Sequence[Record] = ()
+        self._doubts: list[Record] = []
         self._watched: set[int] = set()
 
     def load(self) -> None:
@@ -74,6 +77,7 @@ class Opened:
 
     def make(self) -> None:
         """Make it. Raises OSError."""
+        pin(self.description, self.path)  # before it is there: none is ever without
         self._place.make(self.files, self.description)
         self.load()
 
@@ -89,6 +93,14 @@ class Opened:
         self._map.open()
         self.states = replayed.states
         self._doubts, self._watched = replayed.doubts, replayed.watched
+        description = self.description
+        self.recent = Recent(self._place.fd, description.id_bytes, description.size)
+        # Of a server that was killed, on this very boot: as good as in the map, and in it soon.
+        for first, end, state in self.recent.told():
+            for start, stop, old in list(self.states.stretches(first, end)):
+                if old != state:
+                    self.states.set(start, stop, state)
+                    self._doubts.append((start, stop, state))
         self.made = True
 
     def durability(self, workers: Workers) -> Durability:
@@ -109,6 +121,8 @@ class Opened:
         """Close all, and let go. Idempotent."""
         if self._map is not None:
             self._map.close()
+        if self.recent is not None:
+            self.recent.close()
         if self.data_fd >= 0:
             os.close(self.data_fd)
             self.data_fd = -1
@@ -169,6 +183,7 @@ def open_files(
         check_base(description, base, identity, place.path)
         opened = Opened(place, description, files or Files())
         opened.load()
+        pin(description, place.path)
     except OSError as error:
         _let_go(place, opened)
         raise DiskError.from_os(f"overlay {place.path}", error) from error

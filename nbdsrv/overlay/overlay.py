@@ -38,7 +38,7 @@ class Overlay(WrittenOver):
     async def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
         """Whole blocks by their state, the rest by writing."""
         self._check_change(offset, length)
-        first, last = self._whole(offset, length)
+        first, last = self.whole(offset, length)
         if fast and length and first >= last:
             raise DiskError(f"{self.name}: no faster than writing", os_errno.EOPNOTSUPP)
         if not length:
@@ -54,7 +54,7 @@ class Overlay(WrittenOver):
     async def trim(self, offset: int, length: int) -> None:
         """Whole blocks read as zeroes; the others stay as they are."""
         self._check_change(offset, length)
-        first, last = self._whole(offset, length)
+        first, last = self.whole(offset, length)
         if first < last:
             await self._clear(first, last, punch=True)
 
@@ -82,6 +82,7 @@ class Overlay(WrittenOver):
         stretches = list(self.states.stretches(first, stop))
         await self._watch(first, stop)
         self.enter(first, stop, ZERO)
+        await self._run(self.mark, first, stop, ZERO)
         held = [(start, end) for start, end, state in stretches if state in IN_FILE]
         if held and punch:
             await self._run(self._punch, held)
@@ -209,6 +210,8 @@ class Overlay(WrittenOver):
         try:
             if self._durability is not None and not self._durability.failed:
                 await self._durability.finish()
+                if self._opened.recent is not None:
+                    await self._run(self._opened.recent.forget)
         finally:
             if self._frozen is not None:
                 await self._frozen.close()

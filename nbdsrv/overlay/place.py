@@ -25,6 +25,7 @@ from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.overlay.description import Description, decode, encode
 from nbdsrv.overlay.files import Files
 from nbdsrv.overlay.map_file import DATA_NAME, MAP_NAME, write_first_map
+from nbdsrv.overlay.recent import RECENT_NAME
 
 __all__ = [
     "DESCRIPTION_NAME",
@@ -49,7 +50,7 @@ MAX_NAME = 200
 LOCK_TRIES = 10
 LOCK_PAUSE_S = 0.02
 """Who only looks whether an overlay is in use has it for a moment."""
-LEFTOVERS = (f"{DESCRIPTION_NAME}.new", "map.new", MAP_NAME, DATA_NAME)
+LEFTOVERS = (f"{DESCRIPTION_NAME}.new", "map.new", MAP_NAME, RECENT_NAME, DATA_NAME)
 """What may lie in a directory that is no overlay, or not any more."""
 
 

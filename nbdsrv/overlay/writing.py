@@ -128,11 +128,11 @@ class WrittenOver(Layered):
             offset, length = stored.popleft()
             # Whole blocks only: a part went into a block that was DATA, and if it is not any more,
             # something has made it zeroes meanwhile; that must not bring back what lay around it.
-            first, end = self._whole(offset, length)
+            first, end = self.whole(offset, length)
             if first < end and not (end - first == 1 and self.states.get(first) == DATA):
                 self.enter(first, end, DATA)
 
-    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+    def whole(self, offset: int, length: int) -> tuple[int, int]:
         """The blocks within the range, first and end; nothing lies beyond the disk's end."""
         end = offset + length
         last = end if end < self.size else end + MASK
@@ -224,13 +224,23 @@ class WrittenOver(Layered):
         watched = await self._watch(first, end)
         stored = False
         try:
-            await self._run(self._files.write, self._data_fd, views, position)
+            await self._run(self._write_down, views, position, first, end)
             stored = True
         finally:
             if stored:
                 self.enter(first, end, DATA)
             elif watched:  # they are in place: whatever arrived has changed them
                 self._enter_copied(first, end)
+
+    def _write_down(self, views: Sequence[memoryview], position: int, first: int, end: int) -> None:
+        self._files.write(self._data_fd, views, position)
+        self.mark(first, end, DATA)
+
+    def mark(self, first: int, end: int, state: int) -> None:
+        """For who goes on if we are killed; before the change is answered. Any thread; OSError."""
+        recent = self._opened.recent
+        assert recent is not None
+        recent.mark(first, end, state)
 
     async def _around(self, block: int, offset: int, end: int) -> memoryview | None:
         """What a block holds beside what is written into it; None where that stays in place."""
@@ -332,6 +342,14 @@ class _Fresh(Landing):
         if placed is None or offset + length > placed[0] + placed[1].length:
             return None
         return placed
+
+    def land(self, done: Sequence[tuple[int, int]]) -> None:
+        """Marked first: what follows may be forgotten with the process."""
+        for offset, length in done:
+            first, end = self._overlay.whole(offset, length)
+            if first < end:
+                self._overlay.mark(first, end, DATA)
+        super().land(done)
 
     def end(self, ticket: int) -> None:
         super().end(ticket)

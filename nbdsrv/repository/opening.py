@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, UnsupportedImage
-from nbdsrv.export.grammar import Source
+from nbdsrv.export.grammar import NATIVE, Source
 from nbdsrv.repository.destination import Destination, Storage
 from nbdsrv.repository.native.spans import SpanStore
 from nbdsrv.repository.native.vault import Vault
@@ -17,7 +17,6 @@ from nbdsrv.store.tree import Tree
 __all__ = [
     "NATIVE",
     "WRITTEN",
-    "is_repository",
     "open_destination",
     "open_keyless",
     "open_repository",
@@ -25,16 +24,9 @@ __all__ = [
     "open_vault",
 ]
 
-NATIVE = frozenset({"repo", "repo+s3"})
 WRITTEN = NATIVE | {"xo"}
 """What backups go to."""
 S3 = "+s3"
-
-
-def is_repository(text: str) -> bool:
-    """Does a TARGET name a repository of ours?"""
-    scheme, colon, _ = text.partition(":")
-    return bool(colon) and scheme in NATIVE
 
 
 def open_vault(source: Source, passphrase: Callable[[], str] = passphrase_of) -> Vault:
@@ -105,6 +97,7 @@ async def open_repository(
     Raises:
         ConfigError, DiskError: as ``open_vault``.
     """
+    passphrase = _telling(source, passphrase)
     if source.scheme in NATIVE:
         from nbdsrv.repository.native.repository import NativeRepository
 
@@ -114,6 +107,18 @@ async def open_repository(
     if opener is None:
         raise UnsupportedImage(f"{source.text}: repositories of this kind are not served yet")
     return await opener(source, workers, passphrase)
+
+
+def _telling(source: Source, passphrase: Callable[[], str]) -> Callable[[], str]:
+    """The same, saying which repository it is that wants one: a server may have several."""
+
+    def told() -> str:
+        try:
+            return passphrase()
+        except ConfigError as error:
+            raise ConfigError(f"{source.text}: {error}") from error
+
+    return told
 
 
 def open_tree(source: Source) -> Tree:

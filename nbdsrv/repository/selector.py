@@ -16,7 +16,7 @@ to several things, that is an error which names them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbdsrv.errors import PointMissing, RepositoryError
+from nbdsrv.errors import PointDamaged, PointMissing, RepositoryError
 from nbdsrv.repository.repository import Point, Repository
 
 __all__ = ["LATEST", "Scope", "Selected", "latest_with", "scope_of", "select"]
@@ -63,7 +63,8 @@ async def select(repository: Repository, selector: str) -> Selected:
 
     Raises:
         PointMissing: there is no such group, point or disk.
-        RepositoryError: it may mean several, which are named; or the latest is damaged.
+        PointDamaged: it cannot be read; or it is the latest, and that is damaged.
+        RepositoryError: it may mean several, which are named.
         DiskError: the repository cannot be read.
     """
     scope = await scope_of(repository, selector)
@@ -117,14 +118,14 @@ async def scope_of(repository: Repository, selector: str) -> Scope:
 
 
 def _refuse_lost(repository: Repository, reading: _Reading, every: Sequence[Point]) -> None:
-    """Raises RepositoryError if the disk is not listed because it, or its point, is damaged."""
+    """Raises PointDamaged if the disk is not listed because it, or its point, is damaged."""
     if reading.disk is None or reading.point in {None, LATEST}:
         return
     for point in _named(reading.point or "", every):
         if reading.group in {None, point.group} and _lost(point, reading.disk):
             reason = point.facts.get("reason", "it cannot be read")
             text = f"{repository.name}: {reading.disk!r} at point {point.id} is damaged: {reason}"
-            raise RepositoryError(text)
+            raise PointDamaged(text)
 
 
 def _readings(selector: str) -> list[_Reading]:
@@ -208,7 +209,7 @@ def _latest(repository: Repository, selector: str, scope: Scope) -> Selected:
     assert point is not None
     if _lost(point, scope.disk):
         text = f"{repository.name}: the latest point of {point.group!r}, {point.id}, is damaged"
-        raise RepositoryError(f"{text}; name an older one with @POINT, `nbdsrv ls` shows them")
+        raise PointDamaged(f"{text}; name an older one with @POINT, `nbdsrv ls` shows them")
     return Selected(point, _disk_of(repository, selector, scope, point))
 
 
@@ -235,7 +236,7 @@ def _lost(point: Point, disk: str | None) -> bool:
 def _only_disk(repository: Repository, selector: str, point: Point) -> str:
     if _bad(point):
         reason = point.facts.get("reason", "it cannot be read")
-        raise RepositoryError(f"{repository.name}: point {point.id} is damaged: {reason}")
+        raise PointDamaged(f"{repository.name}: point {point.id} is damaged: {reason}")
     if len(point.disks) != 1:
         names = [f"{point.group}/{disk.name}" for disk in point.disks]
         raise _several(repository, selector, "disks", names)

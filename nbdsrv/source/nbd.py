@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.runs import RemoteRun, Run
+from nbdsrv.disk.watch import Watch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError
 from nbdsrv.net.client import ConnectionLost
@@ -69,6 +70,7 @@ class NbdDisk(Disk):
     """
 
     format = "nbd"
+    remote = True
 
     def __init__(
         self,
@@ -138,6 +140,10 @@ class NbdDisk(Disk):
     def begin_read(self, offset: int, buffer: memoryview, done: Callable[[bool], None]) -> bool:
         """What is one READ to the server, and need not wait for others."""
         return not self._closed and self._reads.begin(offset, buffer, done)
+
+    def attend(self, watch: Watch) -> None:
+        """All connections there are and will be."""
+        self._links.watch_by(watch)
 
     # --- maps ----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 
+from nbdsrv.disk.watch import Watch
 from nbdsrv.errors import DiskError
 from nbdsrv.net.client import Client
 from nbdsrv.net.client_budget import Lease
@@ -94,6 +95,7 @@ class Links:
         self._closing: set[asyncio.Task[None]] = set()
         self._gave_up = False
         self._closed = False
+        self._watch: Watch | None = None
         self._adopt(first)
 
     @property
@@ -119,13 +121,19 @@ class Links:
 
     def ready(self) -> Client | None:
         """The same, if there is one that can be used at once."""
-        while best := min(self._clients, key=_load, default=None):
+        while best := self._least():
             if best.usable:
                 if best.load and len(self._clients) < self._limit and self._opening is None:
                     self._opening = asyncio.get_running_loop().create_task(self._open_another())
                 return best
             self._dismiss(best)  # the server is shutting down
         return None
+
+    def _least(self) -> Client | None:
+        clients = self._clients
+        if clients and not clients[0].load:
+            return clients[0]
+        return min(clients, key=_load, default=None)
 
     async def close(self) -> None:
         """Say goodbye on all connections. Idempotent."""
@@ -140,7 +148,15 @@ class Links:
 
     # --- coming and going ----------------------------------------------------------------
 
+    def watch_by(self, watch: Watch) -> None:
+        """Have ``watch`` tell of answers on all connections, and on those that follow."""
+        self._watch = watch
+        for client in self._clients:
+            client.watch_by(watch)
+
     def _adopt(self, client: Client) -> None:
+        if self._watch is not None:
+            client.watch_by(self._watch)
         client.on_lost = lambda: self._lost(client)
         self._clients.append(client)
 

@@ -11,7 +11,6 @@
 Rule: nothing is received into a buffer once ``read_into`` has returned or was cancelled.
 """
 
-import asyncio
 import errno as os_errno
 from collections import deque
 from collections.abc import Callable
@@ -85,21 +84,22 @@ class Reads:
 
     def begin(self, offset: int, buffer: memoryview, done: Callable[[bool], None]) -> bool:
         """One piece, as ``Disk.begin_read``; whatever goes wrong, ``read_into`` mends it."""
-        length = len(buffer)
+        length, depth = len(buffer), self._depth
         if not 0 < length <= self._piece - offset % self._piece:
             return False
-        one = self._start(offset, buffer)
-        if one is None:
+        if (offset | length) & (self._aligned - 1) or not depth.enter_now(length):
             return False
 
-        def answered(answer: "asyncio.Future[None]") -> None:
-            good = not answer.cancelled() and answer.exception() is None
+        def answered(good: bool) -> None:  # noqa: FBT001 - as ``done``
             if good:
-                self._depth.answered(length)
-            self._depth.leave(length)
+                depth.answered(length)
+            depth.leave(length)
             done(good)
 
-        one.pending.answered.add_done_callback(answered)
+        client = self._links.ready()
+        if client is None or not client.begin_read(offset, buffer, answered):
+            depth.leave(length)
+            return False
         return True
 
     def _start(self, offset: int, view: memoryview) -> "Asked | None":

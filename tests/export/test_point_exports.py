@@ -104,3 +104,20 @@ async def test_beside_other_exports(workers: Workers) -> None:
     assert found is not None
     assert found.tls_only
     assert await catalogue.find("nobody") is None
+
+
+async def test_a_repository_of_one_disk_by_its_own_name(workers: Workers) -> None:
+    build = Building.fresh()
+    build.point("vm", {"sda": b"1"})
+    exports = PointExports(NativeRepository(build.vault, workers), "r", prefix="old/")
+    found = await exports.find("old")
+    assert found is not None
+    disk = await found.acquire()
+    assert await content(disk, 0, 1) == b"1"
+    await found.release()
+    assert await exports.find("old/") is not None
+    for name in ("", "ol", "older", "/"):
+        assert await exports.find(name) is None
+    build.point("other", {"sda": b"2"})
+    assert await exports.find("old") is None, "which of the two?"
+    await exports.close()

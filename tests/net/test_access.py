@@ -8,7 +8,7 @@ import pytest
 from authority import Authority, Certificates, Pair
 from configured import ME, Service
 from serving import eventually
-from wire import Wire, meta_data
+from wire import Wire, info_data, meta_data
 
 from protocol.constants import Command, CommandFlag, Dialect, Errno, Option, Reply, TransmissionFlag
 
@@ -208,3 +208,23 @@ def test_nothing_beyond_loopback_without_being_asked(tmp_path: Path, image: Path
     assert Doors(service=True).places(wanted.serving.listen, DEFAULT_LISTEN, 0o600) == [
         ("127.0.0.1:10809", 0)
     ]
+
+
+def test_one_that_cannot_be_opened_is_unknown_and_not_forbidden(start: Start, image: Path) -> None:
+    """A store that is down, a file that is gone: POLICY and PLATFORM would be read as "never"."""
+    service = start(export(image, "gone"))
+    image.unlink()
+    wire = service.server.connect()
+    wire.greet()
+    wire.use(Dialect.STRUCTURED)
+    (reply,) = wire.ask(Option.GO, info_data("gone"))
+    assert reply.reply == Reply.ERR_UNKNOWN
+    assert reply.data == b"export 'gone' cannot be opened: No such file or directory"
+    asked = meta_data("gone", ["base:allocation"])
+    assert wire.verdict(Option.SET_META_CONTEXT, asked) == Reply.ERR_UNKNOWN
+    assert service.refusal(wire, "gone") == Reply.ERR_UNKNOWN
+    image.write_bytes(DATA)
+    wire.go("gone")
+    assert wire.read(0, 512) == DATA[:512]
+    (refused,) = [each for each in service.audit() if each["event"] == "refuse"]
+    assert refused["reason"].startswith("cannot be opened: ")

@@ -2,18 +2,23 @@
 
 import asyncio
 import random
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from nbdsrv.backup.tee import Tee
+from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Catalogue, Export
 from nbdsrv.net.listener import listen
 from nbdsrv.net.server import Server
 from nbdsrv.source.nbd import NbdDisk, open_nbd
+from protocol.constants import Command, Errno
+from protocol.headers import REQUEST, SIMPLE_WORDS, request_key
 from tests.copying.disks import MemoryDisk
 
 MIB = 1 << 20
@@ -28,8 +33,16 @@ class Afar(MemoryDisk):
         held: answers that do not come until ``release``.
     """
 
-    def __init__(self, workers: Workers, *, bad: int | None = None, hold: bool = False) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        *,
+        bad: int | None = None,
+        hold: bool = False,
+        remote: bool = True,
+    ) -> None:
         super().__init__(workers, CONTENT, bad=bad)
+        self.remote = remote
         self.began = 0
         self.hold = hold
         self.held: list[Callable[[], None]] = []
@@ -73,9 +86,10 @@ async def served(folder: Path, disk: Afar, workers: Workers) -> AsyncIterator[Nb
         workers.close()
 
 
-async def test_every_read_gets_its_own_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [True, False])
+async def test_every_read_gets_its_own_bytes(tmp_path: Path, remote: bool) -> None:
     workers = Workers()
-    disk = Afar(workers)
+    disk = Afar(workers, remote=remote)
     async with served(tmp_path, disk, workers) as client:
         dice = random.Random(1)
 
@@ -121,3 +135,63 @@ async def test_who_leaves_in_between_costs_nothing(tmp_path: Path) -> None:
         for arrive in disk.held:
             arrive()
         await closing
+
+
+async def test_requests_it_cannot_begin_are_answered_in_between(tmp_path: Path) -> None:
+    """Reads beyond the end, of nothing and with flags share a batch with those that are begun."""
+    workers = Workers()
+    async with served(tmp_path, Afar(workers), workers):
+        wire = await asyncio.open_unix_connection(f"{tmp_path}/afar.sock")
+        async with asyncio.timeout(10):
+            await _greet(*wire)
+            asked = [(0, 0, 4096), (0, len(CONTENT), 512), (4, 8192, 4096), (0, 4096, 65536)]
+            wire[1].write(
+                b"".join(
+                    REQUEST.pack(request_key(Command.READ, flags), cookie, offset, length)
+                    for cookie, (flags, offset, length) in enumerate(asked)
+                )
+            )
+            found = {}
+            for _ in asked:
+                key, cookie = SIMPLE_WORDS.unpack(await wire[0].readexactly(SIMPLE_WORDS.size))
+                error = key & 0xFFFFFFFF
+                _, offset, length = asked[cookie]
+                content = b"" if error else await wire[0].readexactly(length)
+                assert error or content == CONTENT[offset : offset + length]
+                found[cookie] = error
+            assert found == {0: 0, 1: Errno.EINVAL, 2: Errno.EINVAL, 3: 0}
+        wire[1].close()
+
+
+async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """The oldest dialect: EXPORT_NAME, simple replies."""
+    await reader.readexactly(18)
+    writer.write(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 4) + b"afar")
+    await reader.readexactly(10)
+
+
+async def test_connections_of_ours_go_back_to_the_loop(tmp_path: Path) -> None:
+    """A server that passes an export on sees to its connections, and hands them back at its end."""
+    workers = Workers()
+    async with served(tmp_path, Afar(workers), workers) as upstream:
+
+        async def opened() -> Disk:
+            return Tee(workers, upstream)  # which leaves it open
+
+        catalogue = Catalogue()
+        catalogue.add(Export("passed", opened))
+        front = Server(catalogue, workers)
+        front.listen(listen(f"unix:{tmp_path}/front.sock"))
+        uri = f"nbd+unix:///passed?socket={tmp_path}/front.sock"
+        client = await open_nbd(uri, workers)
+        buffers = [bytearray(100_000) for _ in range(30)]
+        await asyncio.gather(
+            *(client.read_into(n * 100_000, memoryview(buffer)) for n, buffer in enumerate(buffers))
+        )
+        for n, buffer in enumerate(buffers):
+            assert buffer == CONTENT[n * 100_000 : (n + 1) * 100_000]
+        await client.close()
+        await front.stop()
+        async with asyncio.timeout(10):  # nobody would tell of the answer if not the loop
+            await upstream.read_into(MIB, memoryview(buffers[0]))
+        assert buffers[0] == CONTENT[MIB : MIB + 100_000]

@@ -18,6 +18,7 @@ from serving import ROOT, ServerProcess, environment, eventually
 from wire import Address, Wire
 
 from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.ops.admin_client import AdminClient
 from protocol.constants import Dialect, Option, Reply, TransmissionFlag
 
 Start = Callable[..., Service]
@@ -81,6 +82,33 @@ def test_exports_come_and_go_and_clients_stay(start: Start, tmp_path: Path) -> N
     assert eventually(lambda: not service.server.opened(tmp_path / "a.img"))
     assert states(service) == {"b": "served", "c": "served"}
     assert on_b.read(5, 10) == b"b" * 10
+
+
+def test_an_overlay_in_use_comes_back_to_its_clients(start: Start, tmp_path: Path) -> None:
+    text = export(tmp_path, "a", f'overlay = "{tmp_path}/ov"')
+    service = start(text)
+    guest = service.server.connect().enter("a")
+    guest.write(0, b"guest")
+    assert service.reload(export(tmp_path, "b"))["leaving"] == 1
+    # Under other terms it would have to be opened anew, which only one can.
+    with pytest.raises(ConfigError, match=r"export.a.source: overlay .* is in use by process"):
+        service.reload(text.replace("a.img", "b.img"))
+    assert service.reload(text) == {"added": ["a"], "removed": ["b"], "changed": [], "leaving": 0}
+    other = service.server.connect().enter("a")
+    other.write(5, b" and another")
+    assert guest.read(0, 17) == b"guest and another"
+    guest.disconnect()
+    other.disconnect()
+    assert states(service) == {"a": "served"}
+    assert eventually(lambda: serves_what(service, b"guest and another"))
+    assert (tmp_path / "a.img").read_bytes() == b"a" * 4096
+
+
+def serves_what(service: Service, expected: bytes) -> bool:
+    wire = service.server.connect().enter("a")
+    found = wire.read(0, len(expected))
+    wire.disconnect()
+    return found == expected
 
 
 def test_new_terms_are_for_new_clients(start: Start, tmp_path: Path) -> None:
@@ -189,6 +217,32 @@ def test_listeners_come_and_go(start: Start, tmp_path: Path) -> None:
         with pytest.raises(DiskError, match="another server is listening there"):
             service.reload(text)
     assert serves(str(tmp_path / "other"))
+
+
+def test_windows_move_and_move_back_at_once(start: Start, tmp_path: Path) -> None:
+    """The admin socket and the metrics: where they were is free as soon as the reload is done."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as b:
+        ports = [each.getsockname()[1] for each in (one, b)]
+    text = export(tmp_path, "a")
+    metrics = [f'[metrics]\nlisten = "127.0.0.1:{port}"\n' for port in ports]
+    service = start(text + metrics[0])
+    head, admin = service.head, f'"{tmp_path}/admin"'
+    with AdminClient(str(tmp_path / "admin")) as client:
+        for turn in range(1, 5):
+            service.head = head.replace(admin, f'"{tmp_path}/admin2"') if turn % 2 else head
+            service.write(text + metrics[turn % 2])
+            client.ask("reload") if turn == 1 else asked(tmp_path, turn)
+            assert (tmp_path / "admin").exists() is not (tmp_path / "admin2").exists()
+            with socket.create_connection(("127.0.0.1", ports[turn % 2])):
+                pass
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", ports[(turn + 1) % 2]))
+
+
+def asked(directory: Path, turn: int) -> None:
+    """A reload by the admin socket that there was before it."""
+    with AdminClient(str(directory / ("admin" if turn % 2 else "admin2"))) as client:
+        client.ask("reload")
 
 
 def test_hang_up_is_a_reload_and_reopens_the_audit_file(start: Start, tmp_path: Path) -> None:

@@ -204,3 +204,14 @@ async def test_requests_after_the_signal_get_eshutdown(
             assert wire.is_closed()
         finally:
             wire.close()
+
+
+def test_a_client_that_stands_still_is_not_waited_for(server: ServerProcess) -> None:
+    """It has been stopped in the middle of its answers; the drain timeout is 30 s."""
+    stopped, reading = server.connect().enter(""), server.connect().enter("")
+    stopped.send(b"".join(stopped.prepare(Command.READ, n * MIB, MIB) for n in range(32)))
+    assert stopped.sock.recv(1, socket.MSG_PEEK)
+    assert len(reading.read(0, 4096)) == 4096
+    server.terminate()
+    assert reading.is_closed()
+    assert server.process.wait(25) == 0

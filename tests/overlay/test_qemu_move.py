@@ -149,7 +149,7 @@ async def test_a_signal_leaves_the_vm_where_it_was(tmp_path: Path) -> None:
         process = await vm.migrate(str(target), "--rate", "4M")
         await vm.until(vm.begun)
         process.send_signal(signal.SIGTERM)
-        out, err = await process.communicate()
+        _, err = await process.communicate()
         assert process.returncode == 1
         assert err.decode().count("\n") == 1
         assert "stopped by SIGTERM: the VM goes on where it was" in err.decode()

@@ -151,6 +151,36 @@ async def test_commit_while_the_guest_writes(tmp_path: Path, workers: Workers) -
     assert nbdsrv_json("overlay", "ls", f"{tmp_path}/ov") == []
 
 
+async def test_a_commit_into_the_remote_of_xen_orchestra_that_the_base_lies_in(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """Upon the point the overlay is over while that is the latest: a chain has no branches."""
+    size = 8 << 20
+    base = make_base(tmp_path / "sda.img", size)
+    remote = f"xo:{tmp_path}/xo"
+    (tmp_path / "xo").mkdir()
+    nbdsrv("backup", f"{tmp_path}/sda.img", "--to", remote, "--group", "vm1", "--quiet")
+    before = digest(tmp_path / "xo")
+    (served,) = nbdsrv_json("ls", remote)
+    with running_server(tmp_path / "s", remote, "--overlay", f"{tmp_path}/ov"):
+        guest = await open_nbd(uri(tmp_path / "s", "vm1/sda@latest"), workers, writable=True)
+        await guest.write(5000, memoryview(b"mine"))
+        await guest.close()
+    overlay = f"{tmp_path}/ov/vm1/sda@latest"
+    (first,) = nbdsrv_json("overlay", "commit", overlay, "--to", remote)
+    assert (first["mode"], served["point"] in first["reason"]) == ("incremental", True)
+    assert first["new_bytes"] <= 2 << 20
+    (second,) = nbdsrv_json("overlay", "commit", overlay, "--to", remote)
+    assert (second["mode"], "is not the latest" in second["reason"]) == ("full", True)
+    after = digest(tmp_path / "xo")
+    kept = {name for name in before if not name.endswith("cache.json.gz")}  # a list of all points
+    assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
+    changed = base[:5000] + b"mine" + base[5004:]
+    for row, expected in zip(nbdsrv_json("ls", remote), (base, changed, changed), strict=True):
+        nbdsrv("restore", f"{remote}#vm1/sda@{row['point']}", f"{tmp_path}/out.raw", "--force")
+        assert (tmp_path / "out.raw").read_bytes() == expected
+
+
 async def test_latest_does_not_move_under_an_overlay(tmp_path: Path, workers: Workers) -> None:
     repository, base = repository_with_a_point(tmp_path)
     socket = tmp_path / "s"

@@ -27,7 +27,7 @@ from nbdsrv.repository.benji.listing import Listing, Version
 from nbdsrv.repository.benji.objects import Objects
 from nbdsrv.repository.benji.versions import BlockMap, Head, read_blocks
 from nbdsrv.repository.damage import Check
-from nbdsrv.repository.repository import DiskFacts, Point, Repository
+from nbdsrv.repository.repository import DiskFacts, Point, Repository, stamp_of
 from nbdsrv.store.directory_tree import DirectoryTree
 from nbdsrv.store.store import ObjectMissing
 from nbdsrv.store.tree import Node
@@ -116,7 +116,14 @@ class BenjiRepository(Repository):
             blocks,
             others,
             self._drop,
-            {"volume": head.volume, "version": head.uid, **_facts(head), **_disk_facts(head)},
+            {
+                "group": head.volume,
+                "disk": DISK,
+                "point": head.uid,
+                "created": stamp_of(head.created),
+                **_facts(head),
+                **_disk_facts(head),
+            },
         )
 
     def blocks(self, version: Version) -> BlockMap:
@@ -183,7 +190,7 @@ def _point(version: Version) -> Point:
         return Point(version.uid, UNREADABLE, version.node.modified, (), None, ("damaged",), facts)
     flags: list[str] = []
     if head.protected:
-        flags.append("locked")
+        flags.append("protected")
     if head.status != "valid":
         flags.append("partial")  # Benji has found broken blocks, or was not done
     disk = DiskFacts(DISK, head.size, _disk_facts(head))

@@ -91,7 +91,7 @@ class BorgDisk(PiecesDisk):
             "disk": self.path,
             "point": point.id,
             "archive": point.facts.get("archive"),
-            "created": point.created,
+            "created": point.stamp,
             "comment": point.facts.get("comment"),
             "chunks": len(self.pieces),
             "encryption": point.facts.get("encryption"),

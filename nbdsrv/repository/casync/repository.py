@@ -110,7 +110,8 @@ class CasyncRepository(Repository):
             for each in rows
             if each is not row and name in each.entries and each.entries[name].facts is not None
         }
-        facts = {"group": point.group, "disk": name, "point": point.id, **entry.facts.facts}
+        facts = {"group": point.group, "disk": name, "point": point.id}
+        facts |= {"created": row.point.stamp, **entry.facts.facts}
         return CasyncDisk(
             self._workers,
             f"{self.name}#{point.group}/{name}@{point.id}",

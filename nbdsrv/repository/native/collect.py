@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.alone import be_alone
+from nbdsrv.repository.native.boot_trace import useless_traces
 from nbdsrv.repository.native.census import THREADS, Census, put_parts
 from nbdsrv.repository.native.layout import LEASES, METAS
 from nbdsrv.repository.native.lease import Lease, LeaseRecord, forget_stale, live_leases, store_time
@@ -168,6 +169,7 @@ class _Run:
             & census.packs.keys() - dead
         )
         self.done.waiting_for = _waits_for(waiting, writers)
+        self._forget_traces()
         if last:
             return False
         idle = {
@@ -218,6 +220,12 @@ class _Run:
             else:
                 for key in part:
                     self._store.delete(key)
+
+    def _forget_traces(self) -> None:
+        """Boot traces of VMs that have no points any more."""
+        useless = [key for key, _ in useless_traces(self._vault)]
+        if self._lease is not None:
+            self._delete(useless)
 
     # --- condemning ----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import BlockRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
+from nbdsrv.repository.native.boot_trace import load_trace, put_trace
 from nbdsrv.repository.native.changes import changes
 from nbdsrv.repository.native.chunk_reader import ChunkReader
 from nbdsrv.repository.native.entry import Kind
@@ -269,6 +270,25 @@ class PointDisk(Disk):
         for key in keys:
             if self._blocks.peek(key) is None:
                 self._blocks.get(key, 0)
+
+    async def boot_trace(self) -> bytes | None:
+        """What was kept of the last boot off any point of this disk, or None.
+
+        Raises:
+            CorruptImage: it is damaged.
+            StoreError: the store does not answer.
+        """
+        group, name = self.point.group, self.record.name
+        return await self.workers.run(load_trace, self._vault, group, name)
+
+    async def keep_boot_trace(self, content: bytes) -> None:
+        """Keep it for the next.
+
+        Raises:
+            StoreError: the repository cannot be written.
+        """
+        group, name = self.point.group, self.record.name
+        await self.workers.run(put_trace, self._vault, group, name, content)
 
     # --- block status --------------------------------------------------------------------------
 

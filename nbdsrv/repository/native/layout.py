@@ -8,7 +8,9 @@
     metas/<aa>/<name>.pk         pages and roots    the same format
     index/<ulid>.ix              id -> place
     points/<group>/<ulid>.pt     one restore point of one VM: the commit
+    traces/<group>/<disk>.tr     what it reads when it boots (``boot_trace``); help, and no more
     leases/ condemned/ scrub/    <ulid>.json
+    pins/<32 hex>.json           what overlay stands on which point (``pins``)
 
 An object is named by its content or by a ULID: a name is never used twice.
 """

@@ -73,6 +73,7 @@ class PackKind:
     CHUNKS = 0
     METAS = 1
     POINT = 2
+    TRACE = 3
 
 
 class PackHeader(NamedTuple):

@@ -3,7 +3,7 @@
 ::
 
     points ── rules, group by group ──> kept, with reasons
-                                   └──> dropped ── locked? read by somebody? ── spared
+                                   └──> dropped ── locked? read by somebody? pinned? ── spared
                                                 └── deleted, from old to new
 
 Any point can go: each is whole, none needs another. A run that dies has deleted some of the oldest.
@@ -13,10 +13,11 @@ import time
 from dataclasses import dataclass, field
 from datetime import tzinfo
 
-from nbdsrv.errors import CorruptImage
+from nbdsrv.errors import CorruptImage, RepositoryError
 from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.lease import Lease, live_leases
+from nbdsrv.repository.native.pins import pins
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.retention import Candidate, Rules, decide
@@ -95,7 +96,7 @@ def prune(
         rules: None: only damaged points are deleted.
         zone: whose days the rules mean; None: this host's.
         damaged: delete what cannot be read.
-        force: also what somebody is reading. What is locked stays in any case.
+        force: also what somebody is reading, or has pinned. What is locked stays in any case.
         dry_run: delete nothing.
 
     Raises:
@@ -118,20 +119,22 @@ def prune(
     for name, records in sorted(by_group.items()):
         done.fates[name] = _fates(records, rules, zone)
     if dry_run:
-        _spare(done, time.time(), _read_now(vault, time.time()), force=force)
+        _spare(done, time.time(), {} if force else _needed(vault, time.time()))
         _mark_damaged(done, delete=damaged)
         return done
     # A reader's lease on nothing: it tells the time by the store's clock.
     with Lease(vault.store, "reader") as lease:
         # A lock is held by both clocks: a store's may be wrong, and so may ours.
         now = min(time.time(), lease.record.opened)
-        _spare(done, now, _read_now(vault, lease.record.opened), force=force)
+        _spare(done, now, {} if force else _needed(vault, lease.record.opened))
         _mark_damaged(done, delete=damaged)
         for record in done.deleted:
             # Asked again each time: who opens a point takes its lease first, then looks for it.
-            read = {} if force else _read_now(vault, lease.record.opened)
-            if _is_idle(done.fates[record.group], record, read):
+            needed = {} if force else _needed(vault, lease.record.opened)
+            if _is_idle(done.fates[record.group], record, needed):
                 vault.store.delete(point_key(record.group, record.id))
+        if force:
+            _forget_pins(vault, {f"{each.group}/{each.id}" for each in done.deleted})
         for each in done.damaged:
             if each.deleted:
                 vault.store.delete(each.key)
@@ -150,7 +153,7 @@ def _fates(records: list[PointRecord], rules: Rules | None, zone: tzinfo | None)
     ]
 
 
-def _spare(done: Pruned, now: float, read: dict[str, str], *, force: bool) -> None:
+def _spare(done: Pruned, now: float, needed: dict[str, str]) -> None:
     """What must not go although the rules would let it."""
     for fates in done.fates.values():
         for fate in fates:
@@ -162,27 +165,39 @@ def _spare(done: Pruned, now: float, read: dict[str, str], *, force: bool) -> No
                     "%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(point.lock_until, 1e11))
                 )
                 fate.spared = f"locked until {until}"
-            elif not force and f"{point.group}/{point.id}" in read:
-                fate.spared = f"it is being read on {read[f'{point.group}/{point.id}']}"
+            else:
+                fate.spared = needed.get(f"{point.group}/{point.id}", "")
 
 
-def _is_idle(fates: list[Fate], record: PointRecord, read: dict[str, str]) -> bool:
+def _is_idle(fates: list[Fate], record: PointRecord, needed: dict[str, str]) -> bool:
     """May the point still go?"""
-    where = read.get(f"{record.group}/{record.id}")
-    if where is not None:
+    why = needed.get(f"{record.group}/{record.id}", "")
+    if why:
         for fate in fates:
             if fate.point is record:
-                fate.spared = f"it is being read on {where}"
-    return where is None
+                fate.spared = why
+    return not why
 
 
-def _read_now(vault: Vault, now: float) -> dict[str, str]:
-    """``group/ulid`` of the points that are being read, and where."""
-    return {
-        point: f"{lease.host or 'some host'} (process {lease.pid})"
+def _needed(vault: Vault, now: float) -> dict[str, str]:
+    """``group/ulid`` of the points that are being read or are pinned: by whom."""
+    read = {
+        point: f"it is being read on {lease.host or 'some host'} (process {lease.pid})"
         for lease in live_leases(vault.store, now)
         for point in lease.points
     }
+    return {pin.point: f"{pin} stands on it" for pin in pins(vault.store)} | read
+
+
+def _forget_pins(vault: Vault, gone: set[str]) -> None:
+    """What they pinned is gone by force."""
+    try:
+        standing = pins(vault.store)
+    except RepositoryError:
+        return  # one that cannot be read is somebody's to look at
+    for pin in standing:
+        if pin.point in gone:
+            vault.store.delete(pin.key)
 
 
 def _mark_damaged(done: Pruned, *, delete: bool) -> None:

@@ -17,6 +17,7 @@ from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
 from nbdsrv.repository.native.disk import PointDisk
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.listing import Listing
+from nbdsrv.repository.native.pins import pins
 from nbdsrv.repository.native.point import DiskRecord, PointRecord
 from nbdsrv.repository.native.readers import Readers
 from nbdsrv.repository.native.slots import Root
@@ -54,6 +55,11 @@ class NativeRepository(Repository):
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """All points, or those of one group; each is read once and remembered."""
         return [row.point for row in await self._listing.rows(group)]
+
+    async def pinned(self) -> frozenset[str]:
+        """``group/ulid`` of the points that overlays stand on."""
+        found = await self.workers.run(pins, self.vault.store)
+        return frozenset(pin.point for pin in found)
 
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a point; a lease names the point while it is open.

@@ -19,6 +19,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from nbdsrv.repository.native.boot_trace import useless_traces
 from nbdsrv.repository.native.census import THREADS, Census
 from nbdsrv.repository.native.damage import Finding, Note
 from nbdsrv.repository.native.hurt import trace
@@ -181,6 +182,7 @@ class _Run:
             check_index(census, sums, done.findings, done.notes)
             if not self._keyless:
                 self._note_garbage()
+                self._note_traces()
             self._check_tombstones()
         self._note_missed()
 
@@ -202,6 +204,11 @@ class _Run:
             size = sum(stored.size for stored in idle)
             text = f"no point refers to {len(idle)} packs, {size} bytes; `nbdsrv gc` removes them"
             self.done.notes.append(Note("packs/", text))
+
+    def _note_traces(self) -> None:
+        for key, why in useless_traces(self._vault):
+            text = f"a boot trace of no use: {why}; `nbdsrv gc` removes it"
+            self.done.notes.append(Note(key, text))
 
     def _check_tombstones(self) -> None:
         for each in standing(self._vault.store):

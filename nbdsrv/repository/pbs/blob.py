@@ -51,7 +51,12 @@ def check_blob(where: str, raw: bytes | memoryview) -> BlobKind:
 
 
 def open_blob(
-    where: str, raw: bytes | memoryview, limit: int, key: CryptKey | None = None
+    where: str,
+    raw: bytes | memoryview,
+    limit: int,
+    key: CryptKey | None = None,
+    *,
+    sealed: bool = False,
 ) -> bytes:
     """What a blob holds, checked, decrypted, unpacked. Blocking; any thread.
 
@@ -60,6 +65,7 @@ def open_blob(
         raw: all of it.
         limit: bytes it may hold.
         key: for encrypted ones.
+        sealed: must it be encrypted?
 
     Raises:
         CorruptImage: it is broken, holds more, or takes another key.
@@ -75,6 +81,8 @@ def open_blob(
         except WrongKey as error:
             text = f"does not decrypt with the key {key.short}: another key's, or changed"
             raise _corrupt(where, text) from error
+    elif sealed:
+        raise _corrupt(where, "is not encrypted, though its index is")
     if kind in _PACKED:
         try:
             return unzstd(data, limit)

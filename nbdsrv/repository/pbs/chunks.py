@@ -5,20 +5,24 @@
     .chunks/bb9f/bb9f8df6...            read as a whole, CRC checked, opened, and hashed to its name
     .chunks/bb9f/bb9f8df6....0.bad      what the server's own verification has put aside
 
-A chunk is proven at every read: its name is the SHA-256 of the content, or of content
-and key.
+A chunk is proven before any of it is served: its name is the SHA-256 of the content, or of content
+and key. Hashing 4 MiB takes longer than all else together, so it is done once for a file: as long
+as that is the same (inode, size, times of modification and change), what has been proven is its
+content still, unless the medium has changed it. That is what the CRC over all that is stored is
+for, and, where it is encrypted, GCM's tag: these are checked at every read.
 """
 
 import errno as os_errno
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.repository.pbs.blob import check_blob, is_encrypted, open_blob
+from nbdsrv.repository.pbs.blob import check_blob, open_blob
 from nbdsrv.repository.pbs.keys import CryptKey
 from nbdsrv.repository.pbs.layout import CHUNKS
 from nbdsrv.repository.pbs.structs import ENCRYPTED_HEADER
@@ -31,6 +35,13 @@ AT_ONCE = 4
 """Chunks being opened at a time; each takes two or three times its size for that."""
 MAX_BAD = 10
 """Broken copies of one chunk the server keeps."""
+MAX_PROVEN = 1 << 16
+"""Files remembered to be proven: 256 GiB of chunks, some 20 MiB of memory."""
+SETTLED_NS = 2_000_000_000
+"""Age of a change after which the next one is sure to have another time."""
+
+_State = tuple[int, int, int, int, int]
+"""Device, inode, size, times of modification and change: another one, and it is another file."""
 
 
 def chunk_path(digest: bytes) -> str:
@@ -53,6 +64,8 @@ class Chunks:
         self._tree = tree
         self._turns = threading.BoundedSemaphore(AT_ONCE)
         self._buffers: list[bytearray] = []
+        self._proven: dict[bytes, _State] = {}
+        self._remembering = threading.Lock()
 
     def read(self, digest: bytes, length: int, key: CryptKey | None) -> bytes:
         """Content of a chunk, proven.
@@ -66,30 +79,42 @@ class Chunks:
             CorruptImage: it is missing, broken, or not what its name says.
             StoreError: it cannot be read.
         """
-        return self._opened(digest, length, key)[0]
+        return self._opened(digest, length, key, anew=False)[0]
 
     def prove(self, digest: bytes, length: int, key: CryptKey | None) -> int:
-        """Read it for the proof alone; returns the bytes that were read for it.
+        """Read it for the proof alone, whatever is known of it; returns the bytes read for that.
 
         Raises:
             CorruptImage, StoreError: as ``read``.
         """
-        return self._opened(digest, length, key)[1]
+        return self._opened(digest, length, key, anew=True)[1]
 
-    def _opened(self, digest: bytes, length: int, key: CryptKey | None) -> tuple[bytes, int]:
+    def _opened(
+        self, digest: bytes, length: int, key: CryptKey | None, *, anew: bool
+    ) -> tuple[bytes, int]:
         """Content, and bytes stored."""
         where = self._tree.full(chunk_path(digest))
-        with self._turns, self._stored(digest, length) as raw:
-            stored = len(raw)
-            if key is not None and not is_encrypted(check_blob(where, raw)):
-                raise _corrupt(where, "is not encrypted, though its index is")
-            data = open_blob(where, raw, length, key)
-        found = hashlib.sha256(data).digest() if key is None else key.digest(data)
-        if found != digest:
-            raise _corrupt(where, "its content does not have the digest that is its name")
+        with self._turns:
+            with self._stored(digest, length) as (raw, state):
+                stored = len(raw)
+                data = open_blob(where, raw, length, key, sealed=key is not None)
+            if anew or state is None or self._proven.get(digest) != state:
+                found = hashlib.sha256(data).digest() if key is None else key.digest(data)
+                if found != digest:
+                    raise _corrupt(where, "its content does not have the digest that is its name")
+                self._remember(digest, state)
         if len(data) != length:
             raise _corrupt(where, f"holds {len(data)} bytes, the index wants {length}")
         return data, stored
+
+    def _remember(self, digest: bytes, state: _State | None) -> None:
+        if state is None or time.time_ns() - state[-1] < SETTLED_NS:
+            return
+        proven = self._proven
+        with self._remembering:
+            proven[digest] = state
+            if len(proven) > MAX_PROVEN:
+                del proven[next(iter(proven))]
 
     def check(self, digest: bytes, length: int) -> int:
         """Check what is stored without opening it: its CRC. Returns the bytes read.
@@ -97,7 +122,7 @@ class Chunks:
         Raises:
             CorruptImage, StoreError: as ``read``.
         """
-        with self._turns, self._stored(digest, length) as raw:
+        with self._turns, self._stored(digest, length) as (raw, _):
             check_blob(self._tree.full(chunk_path(digest)), raw)
             return len(raw)
 
@@ -116,8 +141,10 @@ class Chunks:
         return 0
 
     @contextmanager
-    def _stored(self, digest: bytes, length: int) -> Iterator[bytes | memoryview]:
-        """As it lies there, at most what ``length`` bytes may take.
+    def _stored(
+        self, digest: bytes, length: int
+    ) -> Iterator[tuple[bytes | memoryview, _State | None]]:
+        """As it lies there, at most what ``length`` bytes may take, and the state of its file.
 
         Raises:
             CorruptImage: it is missing.
@@ -128,7 +155,7 @@ class Chunks:
         try:
             fd = self._tree.open_file(path)
             if fd is None:
-                yield self._tree.read(path, limit)
+                yield self._tree.read(path, limit), None
                 return
         except ObjectMissing as error:
             raise self._missing(digest) from error
@@ -142,10 +169,13 @@ class Chunks:
             os.close(fd)
             self._buffers.append(buffer)
 
-    def _filled(self, path: str, fd: int, limit: int, buffer: bytearray) -> memoryview:
+    def _filled(
+        self, path: str, fd: int, limit: int, buffer: bytearray
+    ) -> tuple[memoryview, _State]:
         where = self._tree.full(path)
         try:
-            size = os.fstat(fd).st_size
+            info = os.fstat(fd)
+            size = info.st_size
             if size > limit:
                 raise StoreError(f"{where}: {size} bytes, more than {limit}", os_errno.EFBIG)
             done = 0
@@ -158,7 +188,8 @@ class Chunks:
         except OSError as error:
             number = error.errno or os_errno.EIO
             raise StoreError(f"{where}: {os.strerror(number)}", number) from error
-        return view
+        # As it was before it was read: a change meanwhile makes the next state another one.
+        return view, (info.st_dev, info.st_ino, size, info.st_mtime_ns, info.st_ctime_ns)
 
     def _missing(self, digest: bytes) -> CorruptImage:
         path = chunk_path(digest)

@@ -106,6 +106,7 @@ class PbsRepository(Repository):
             "group": point.group,
             "disk": name,
             "point": point.id,
+            "created": row.point.stamp,
             **row.point.facts,
             "crypt_mode": archive.crypt_mode,
         }

@@ -75,7 +75,7 @@ class ResticDisk(PiecesDisk):
             "disk": self.path,
             "point": point.id,
             "snapshot": point.facts.get("snapshot"),
-            "created": point.created,
+            "created": point.stamp,
             "tags": point.facts.get("tags"),
             "blobs": len(self.pieces),
             "content": self._content,

@@ -10,6 +10,7 @@ Nothing is written, and no checkpoint of libvirt's is asked for: the files alone
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class VirtnbdRepository(Repository):
         self._users = 1
         self._closed = False
         self._points: dict[int, tuple[Directory, Sequence[Point]]] = {}
+        self._listing = threading.Lock()
+        self._warned: set[str] = set()
 
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """By directory; what has been seen before is not read again."""
@@ -73,6 +76,10 @@ class VirtnbdRepository(Repository):
         return await self.workers.run(self.listing.directories, group)
 
     def _list(self, group: str | None) -> Sequence[Point]:
+        with self._listing:  # in whatever threads several ask
+            return self._listed(group)
+
+    def _listed(self, group: str | None) -> Sequence[Point]:
         found: list[Point] = []
         for directory in self.listing.directories(group):
             known = self._points.get(id(directory))
@@ -162,13 +169,15 @@ class VirtnbdRepository(Repository):
         directory, file = await self._find(point, name)
         chain = chain_of(self.tree, file, directory.makers)
         shown = f"{self.name}#{point.group}/{name}@{point.id}"
-        for each in chain:
-            if each.cut:
-                log.warning("virtnbdbackup.cut disk=%s why=%s", shown, each.cut)
-        if DOUBT in point.flags:
-            why = point.facts.get("doubt")
-            log.warning("virtnbdbackup.zeroes_in_doubt disk=%s why=%s", shown, why)
-        facts = {"group": point.group, "point": point.id, **self._disk_facts(directory, chain)}
+        self._warn(point, shown, chain)
+        facts = {
+            "group": point.group,
+            "disk": name,
+            "point": point.id,
+            "created": point.stamp,
+            "parent": point.parent,
+            **self._disk_facts(directory, chain),
+        }
         if file.plain:
             return await self._open_image(file)
         others = await self.workers.run(self._others, directory, point.id, name, chain)
@@ -189,6 +198,18 @@ class VirtnbdRepository(Repository):
             lambda: self._leave(opened),
             facts,
         )
+
+    def _warn(self, point: Point, shown: str, chain: Sequence[DataFile]) -> None:
+        """Once for each disk: clients open it again and again."""
+        if shown in self._warned:
+            return
+        self._warned.add(shown)
+        for each in chain:
+            if each.cut:
+                log.warning("virtnbdbackup.cut disk=%s why=%s", shown, each.cut)
+        if DOUBT in point.flags:
+            why = point.facts.get("doubt")
+            log.warning("virtnbdbackup.zeroes_in_doubt disk=%s why=%s", shown, why)
 
     async def _open_image(self, file: DataFile) -> RawDisk:
         opened: list[ImageFile] = []

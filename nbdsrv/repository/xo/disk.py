@@ -223,7 +223,11 @@ class XoDisk(PagedDisk):
         skip = (key & _IS_PART - 1) * SECTOR
         if key & _IS_PART:
             return self._part(number, block, skip)
-        data = self._block(number, block)
+        try:
+            data = self._block(number, block)
+        except RecursionError as error:  # each layer's block lacks sectors: no merge leaves that
+            text = f"block {block} is spread over too many layers"
+            raise CorruptImage(f"corrupt image: {self.name}: {text}") from error
         return data[skip:] if skip else data
 
     def _part(self, number: int, block: int, skip: int) -> bytes:

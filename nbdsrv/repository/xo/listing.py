@@ -196,7 +196,7 @@ class _Vm:
                 merging = merging or any(disk.path in m.changing for m in health.merges.values())
         if merging:
             found = []  # the point is on its way out
-        disks = tuple(self._facts(record, disk, file) for disk, file in found)
+        disks = tuple(self._facts(disk, file) for disk, file in found)
         said: dict[str, Any] = {**record.facts, "vm_uuid": self.uuid, **self._storage(found)}
         if reason:
             said["reason"] = reason
@@ -232,16 +232,15 @@ class _Vm:
         return facts
 
     @staticmethod
-    def _facts(record: PointRecord, disk: DiskRecord, file: DiskFile | None) -> DiskFacts:
+    def _facts(disk: DiskRecord, file: DiskFile | None) -> DiskFacts:
         facts: dict[str, Any] = {
-            "mode": record.mode,
             "device": disk.device,
             "vdi_uuid": disk.vdi,
         }
         size = disk.size
         if file is not None:
             size = file.footer.size
-            facts["mode"] = "delta" if file.differencing else "full"
+            facts["mode"] = "incremental" if file.differencing else "full"
             facts["vhd_uuid"] = str(file.unique_id)
             if file.from_copy:
                 facts["footer"] = "the copy: the one at the end is lost"

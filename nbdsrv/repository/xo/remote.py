@@ -24,11 +24,13 @@ class Remote:
         tree: where the files are.
         sealing: how they are encrypted.
         name: for messages.
+        identity: what stays when the remote is moved, or "".
     """
 
-    def __init__(self, tree: Tree, sealing: Sealing) -> None:
+    def __init__(self, tree: Tree, sealing: Sealing, identity: str = "") -> None:
         self.tree = tree
         self.sealing = sealing
+        self.identity = identity
         self.name = tree.name
 
     @property

@@ -31,7 +31,7 @@ from nbdsrv.repository.xo.layout import VM_BACKUPS
 from nbdsrv.repository.xo.listing import Listing, Row
 from nbdsrv.repository.xo.records import DiskRecord
 from nbdsrv.repository.xo.remote import Remote
-from nbdsrv.repository.xo.sealing import read_sealing
+from nbdsrv.repository.xo.sealing import read_identity, read_sealing
 from nbdsrv.repository.xo.tables import make_layers, mend_tables, read_tables
 from nbdsrv.repository.xo.xva import open_xva_disk
 
@@ -46,6 +46,7 @@ class XoRepository(Repository):
     def __init__(self, remote: Remote, workers: Workers) -> None:
         """Becomes the owner of ``remote``'s tree."""
         self.name = remote.name
+        self.identity = remote.identity
         self._remote = remote
         self._workers = workers
         self._shared = SharedTree([remote.tree], workers)
@@ -171,7 +172,8 @@ async def open_xo(source: Source, workers: Workers, passphrase: Callable[[], str
 def _open_remote(source: Source, passphrase: Callable[[], str], opened: list[Remote]) -> None:
     tree = open_tree(source)
     try:
-        remote = Remote(tree, read_sealing(tree, passphrase))
+        sealing = read_sealing(tree, passphrase)
+        remote = Remote(tree, sealing, read_identity(tree, sealing))
         node = tree.find(VM_BACKUPS)
         if node is None or not node.directory:
             text = f"{tree.name}: no backups of VMs by Xen Orchestra: there is no {VM_BACKUPS}/"
@@ -219,7 +221,7 @@ def _facts(row: Row, record: DiskRecord, chain: Chain, checked: int) -> dict[str
         "vdi_uuid": record.vdi,
         "device": record.device,
         "vhd_uuid": str(top.unique_id),
-        "mode": "delta" if top.differencing else "full",
+        "mode": "incremental" if top.differencing else "full",
         "layout": ", ".join(dict.fromkeys(each.layout for each in chain.files)),
         "compression": ", ".join(dict.fromkeys(each.compression for each in chain.files)),
         "encryption": row.point.facts.get("encryption", "none"),

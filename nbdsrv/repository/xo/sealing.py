@@ -182,6 +182,24 @@ def read_sealing(tree: Tree, passphrase: Callable[[], str]) -> Sealing:
     raise RepositoryError(f"{text}: it is another remote's, or {METADATA} was changed")
 
 
+def read_identity(tree: Tree, sealing: Sealing) -> str:
+    """The random id in ``metadata.json``, or "": remotes that never were encrypted may have none.
+
+    Blocking.
+
+    Raises:
+        StoreError: the repository cannot be read.
+    """
+    raw = _note(tree, METADATA)
+    if raw is None:
+        return ""
+    try:
+        said = msgspec.json.decode(sealing.open(raw, METADATA), type=dict[str, object])
+        return str(uuid.UUID(str(said.get("random"))))
+    except (CorruptImage, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+        return ""
+
+
 def _algorithm(tree: Tree) -> str | None:
     """What ``encryption.json`` says; None: an old repository, which has none."""
     raw = _note(tree, ENCRYPTION)

@@ -102,7 +102,7 @@ async def test_what_is_said_of_versions(tmp_path: Path, workers: Workers) -> Non
     points = await repository.points()
     assert {point.group for point in points} == {"pool/vm 1"}
     assert [point.stamp for point in points] == [DATE.replace(".000000", "") % n for n in (1, 2, 3)]
-    assert points[0].flags == ("locked",)
+    assert points[0].flags == ("protected",)
     assert points[0].facts["snapshot"] == "before update"
     assert points[0].facts["labels"] == {"tier": "gold"}
     for selector, id_ in {

@@ -92,12 +92,12 @@ async def test_modes_parents_and_facts(whole: Path, workers: Workers) -> None:
     async with opened(whole / "enc-chacha20", workers) as repository:
         first, second, third = await repository.points()
         assert [point.parent for point in (first, second, third)] == [None, FIRST, SECOND]
-        assert [point.disks[0].facts["mode"] for point in (first, third)] == ["full", "delta"]
+        assert [point.disks[0].facts["mode"] for point in (first, third)] == ["full", "incremental"]
         assert third.facts["encryption"] == "chacha20-poly1305"
         assert third.facts["compression"] == "brotli"
         assert third.facts["layout"] == "vhd-directory"
         disk = await repository.open_disk(third, "root")
-        assert (disk.facts["chain"], disk.facts["mode"]) == (3, "delta")
+        assert (disk.facts["chain"], disk.facts["mode"]) == (3, "incremental")
         await disk.close()
     async with opened(whole / "plain-vhd-merged", workers) as repository:
         merged, after = await repository.points()

@@ -16,7 +16,7 @@ from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.repository.selector import select
 from tests.disk.reading import content
 from tests.formats.mutants import Mutation, mutations, threads
-from tests.repository.xo.made import BLOCK, Layer, Made, disk_uuid
+from tests.repository.xo.made import BLOCK, Layer, Made, bits, disk_uuid
 from tests.repository.xo.opened import contents, opened
 
 A, B = "20260201T000000Z", "20260202T000000Z"
@@ -349,3 +349,24 @@ async def test_select_of_a_partial_point_says_why(made: Made, workers: Workers) 
         for selector, said in ((f"web/root@{B}", "empty"), ("web/root", "latest point of 'web'")):
             with pytest.raises(DiskError, match=said):
                 await select(repository, selector)
+
+
+async def test_a_block_spread_over_too_many_layers_is_an_error(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """Deeper than Python calls itself; Xen Orchestra writes whole blocks, so that none is."""
+    made = Made(tmp_path / "deep")
+    stamps = [f"202602{1 + n // 24:02}T{n % 24:02}0000Z" for n in range(250)]
+    data = bytes(BLOCK)
+    for number, stamp in enumerate(stamps):
+        parent = stamps[number - 1] if number else None
+        some = {0: bits([number])} if parent else {}
+        made.point(stamp, [Layer(stamp, BLOCK, {0: data}, some, parent=parent)])
+    async with opened(made.root, workers) as repository:
+        point = (await repository.points())[-1]
+        disk = await repository.open_disk(point, "root")
+        try:
+            with pytest.raises(CorruptImage, match="too many layers"):
+                await content(disk, 0, 512 * 300)
+        finally:
+            await disk.close()

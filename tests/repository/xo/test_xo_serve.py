@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,3 +78,48 @@ def test_keys(whole: Path) -> None:
     assert "does not open" in said
     said = refusal(1, "ls", source, env={"NBDSRV_PASSPHRASE": "short"})
     assert "32 characters" in said
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack_fixture("xo-damaged.tar.zst", tmp_path_factory.mktemp("xo")) / "broken"
+
+
+@pytest.mark.parametrize("name", ["wrongparent", "midmerge"])
+def test_a_damaged_point_is_an_error_that_the_log_explains(
+    broken: Path, tmp_path: Path, name: str
+) -> None:
+    """The client is told that it cannot be opened, not that there is none; the log names a file."""
+    socket = tmp_path / "s"
+    with serving(f"xo:{broken / name}", "--listen", f"unix:{socket}") as served:
+        told = []
+        for point in ("20260101T020304Z", "19990101"):
+            done = subprocess.run(
+                ["nbdinfo", f"nbd+unix:///research-vm/root@{point}?socket={socket}"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+                env={**os.environ, "LIBNBD_DEBUG": "1"},  # what the server says is told there
+            )
+            assert done.returncode
+            told.append("cannot be opened" in done.stderr)
+        assert told == [True, False]
+        code, said = served.stop()
+    assert code == 0
+    assert "export.unopened" in said
+    assert "20260101T020304Z" in said
+    assert "Traceback" not in said
+
+
+def test_a_block_that_is_missing_is_logged(broken: Path, tmp_path: Path) -> None:
+    socket = tmp_path / "s"
+    with serving(f"xo:{broken / 'missingblock'}", "--listen", f"unix:{socket}") as served:
+        uri = f"nbd+unix:///research-vm/root@latest?socket={socket}"
+        done = subprocess.run(["nbdcopy", uri, "null:"], capture_output=True, check=False)
+        assert done.returncode
+        code, said = served.stop()
+    assert code == 0
+    assert "request.failed" in said
+    assert "blocks/0/15" in said
+    assert said.count("request.failed") <= 8 * 4

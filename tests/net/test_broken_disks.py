@@ -1,0 +1,123 @@
+"""Bugs behind a Disk: one request fails, and neither its client nor the server hangs for it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from in_process import running
+from wire import Wire
+
+from nbdsrv.disk.blocks import BlockCache, Blocks
+from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.runs import BlockRun, Run
+from nbdsrv.disk.workers import Workers
+from nbdsrv.export.exports import Export
+from nbdsrv.net.server import Limits, Server
+from protocol.constants import Command, Dialect, Errno
+from protocol.extents import DATA, ExtentList
+
+SIZE = 1 << 20
+BLOCK = 1 << 16
+
+
+class Broken(Disk):
+    """Its first half is decoded by a decoder with a bug, in its second a wait is cancelled."""
+
+    name = "broken"
+    size = SIZE
+
+    def __init__(self, workers: Workers) -> None:
+        super().__init__(workers)
+        self.mended = False
+        self._blocks = Blocks(BlockCache(), self._decode, lambda _: True)
+
+    def _decode(self, key: int) -> bytes:
+        if not self.mended:
+            raise KeyError(key)
+        return bytes([key]) * BLOCK
+
+    def locate(self, offset: int, length: int) -> tuple[Run] | None:
+        if offset >= SIZE // 2 and not self.mended:
+            return None
+        block, skip = divmod(offset, BLOCK)
+        return (BlockRun(self._blocks, block, skip, min(length, BLOCK - skip)),)
+
+    async def load(self, offset: int, length: int) -> None:
+        shared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        shared.cancel()
+        await shared
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.load(offset, len(buffer))
+
+    async def extents(self, offset: int, length: int) -> ExtentList:
+        return ExtentList(offset, [(length, DATA)])
+
+    async def close(self) -> None:
+        pass
+
+
+def _served(server: Server) -> Broken:
+    catalogue = server._catalogue
+    disk = Broken(server._reactor.workers)
+
+    async def open_() -> Disk:
+        return disk
+
+    catalogue.add(Export("broken", open_))
+    return disk
+
+
+@pytest.mark.parametrize("offset", [0, SIZE // 2])
+@pytest.mark.parametrize("dialect", list(Dialect))
+async def test_one_request_fails_and_the_connection_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dialect: Dialect, offset: int
+) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    async with running(tmp_path / "nbd", tmp_path / "image") as server:
+        disk = _served(server)
+
+        def ask() -> None:
+            wire = Wire.connect(str(tmp_path / "nbd")).enter("broken", dialect)
+            for _ in range(3):
+                assert wire.call(Command.READ, offset, 4096).error == Errno.EIO
+            disk.mended = True
+            expected = bytes([offset // BLOCK]) * 4096
+            assert wire.read(offset, 4096) == expected
+            wire.disconnect()
+
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(ask)
+    assert "session.bug" in caplog.text
+
+
+async def test_opening_does_not_count_as_the_client_s_time(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    limits = Limits(handshake_s=0.5)
+    async with running(tmp_path / "nbd", tmp_path / "image", limits=limits) as server:
+        disk = _served(server)
+        disk.mended = True
+        opened = asyncio.Event()
+
+        async def open_() -> Disk:
+            await asyncio.sleep(1)
+            opened.set()
+            return disk
+
+        server._catalogue.add(Export("slow", open_))
+
+        def ask() -> None:
+            wire = Wire.connect(str(tmp_path / "nbd")).enter("slow", Dialect.STRUCTURED)
+            assert wire.read(0, 512) == bytes(512)
+            wire.disconnect()
+
+        await asyncio.to_thread(ask)
+        assert opened.is_set()
+
+        def dawdle() -> None:
+            wire = Wire.connect(str(tmp_path / "nbd"))
+            wire.greet()
+            assert wire.is_closed()
+            wire.close()
+
+        await asyncio.to_thread(dawdle)
