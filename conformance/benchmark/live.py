@@ -65,6 +65,10 @@ class _Lane:
         bindings = bindings_directory(context)
         path = [server_environment()["PYTHONPATH"], *([str(bindings)] if bindings else [])]
         self._environment = {"PYTHONPATH": os.pathsep.join(path)}
+        # QEMU, who may be another user, makes virtnbdbackup's socket and scratch files in it.
+        self._shared = context.directory / "shared"
+        self._shared.mkdir()
+        self._shared.chmod(0o777)
 
     def backup(self, kind: str) -> float:
         """MB/s of the disk's size."""
@@ -80,8 +84,7 @@ class _Lane:
             words = ["backup", where, "--to", f"repo:{target}", "--group", "vm", "--quiet"]
             self._run(*command(*words))
         else:
-            # virtnbdbackup's scratch files are made by QEMU, in a directory that is there.
-            shared = self._context.directory
+            shared = self._shared
             uri = self._domain.libvirtd.uri
             words = ["virtnbdbackup", "-U", uri, "-d", "vm", "-l", "full", "--compress"]
             words += ["-o", str(target), "--scratchdir", str(shared), "-f", str(shared / "theirs")]

@@ -235,7 +235,7 @@ def open_listeners(serving: Serving) -> list[Listener]:
     opened: list[Listener] = []
     try:
         for where in serving.listen or (DEFAULT_LISTEN,):
-            opened += listen(where, socket_mode=mode)
+            opened += listen(where, socket_mode=mode, replace=True)
     except BaseException:
         for listener in opened:
             listener.close()

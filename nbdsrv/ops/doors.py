@@ -40,8 +40,7 @@ class Doors:
     """All listeners of a service.
 
     Attributes:
-        service: are we one that is started anew when it dies? Then sockets are stored, and the
-            sockets of a dead predecessor replaced.
+        service: are we one that is started anew when it dies? Then sockets are stored.
     """
 
     service: bool
@@ -145,7 +144,7 @@ class Doors:
             return stored
         for listener in stored:
             listener.close()
-        return listen(where, socket_mode=mode, replace=self.service)
+        return listen(where, socket_mode=mode, replace=True)
 
     def _forget_stored(self) -> None:
         for name, listeners in self._stored.items():

@@ -244,15 +244,6 @@ def test_no_such_host(disk: Path) -> None:
     assert "no-such-host.invalid" in said
 
 
-def test_stale_unix_socket(tmp_path: Path, disk: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(tmp_path / "sock"))
-    said = refusal(FAILED, "serve", disk, "--listen", f"unix:{tmp_path}/sock")
-    assert "stale" in said
-    assert "remove" in said
-    assert (tmp_path / "sock").is_socket()
-
-
 def test_unix_socket_of_another_server(tmp_path: Path, disk: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))

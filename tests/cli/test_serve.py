@@ -57,6 +57,20 @@ def test_ready_when_the_uri_is_printed_and_gone_after_sigterm(tmp_path: Path, di
     assert not path.exists()
 
 
+def test_killed_and_started_again_in_the_same_place(tmp_path: Path, disk: Path) -> None:
+    """What kill -9 leaves of it is a dead socket, which is in nobody's way."""
+    path = tmp_path / "sock"
+    with serving(disk, "--listen", f"unix:{path}") as served:
+        served.process.kill()
+        served.process.wait(20)
+        assert path.is_socket()
+    with serving(disk, "--listen", f"unix:{path}") as served:
+        (uri,) = served.uris
+        assert greeting(uri) == GREETING
+        assert served.stop() == (0, "")
+    assert not path.exists()
+
+
 def test_sigint_ends_it_as_well(tmp_path: Path, disk: Path) -> None:
     with serving(disk, "--listen", f"unix:{tmp_path}/sock") as served:
         assert served.stop(signal.SIGINT) == (0, "")

@@ -239,3 +239,20 @@ def test_hydrate_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
     assert "it goes with --overlay DIR" in said
     words = ("serve", "--overlay", str(tmp_path), "--hydrate", str(tmp_path / "base"))
     assert "not a rate" in nbdsrv(*words, str(tmp_path / "base"), code=2)
+
+
+def test_a_configuration_says_hydrate_beside_overlay(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", MIB)
+    file = tmp_path / "c.toml"
+    export = f'[[export]]\nname = "a"\nsource = "{tmp_path}/base"\n'
+    overlay = f'overlay = "{tmp_path}/ov"\n'
+    for line in ("hydrate = true\n", 'hydrate = "50M"\n'):
+        file.write_text(export + overlay + line)
+        assert "no mistake found" in nbdsrv("serve", "--config", str(file), "--check")
+    file.write_text(export + "hydrate = true\n")
+    said = nbdsrv("serve", "--config", str(file), "--check", code=2)
+    assert "hydrate fills an overlay" in said
+    file.write_text(export + overlay + 'hydrate = "fast"\n')
+    said = nbdsrv("serve", "--config", str(file), "--check", code=2)
+    assert f"{file}:5" in said
+    assert "not a rate" in said
