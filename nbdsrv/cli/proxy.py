@@ -56,7 +56,7 @@ def proxy(verbose: int, *, as_json: bool, **options: Any) -> int:
     advances as by `nbdsrv backup`. SIGTERM, or --once when the last client has left, ends serving;
     what nobody has read is read then, and a restore point is made. A second SIGTERM makes none.
 
-    Repositories that are slow or fail are never felt by clients. Exit code 3: one of several has
+    Clients never wait for repositories that are slow or fail. Exit code 3: one of several has
     failed, or a changed block was found where none was said to be.
     """
     serving = Serving.taken_from(options)
