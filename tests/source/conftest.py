@@ -1,6 +1,8 @@
 """Worker threads for the tests of this folder."""
 
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -16,3 +18,10 @@ async def workers() -> AsyncIterator[Workers]:
     """Threads whose results reach the test's event loop."""
     async with running_workers() as running:
         yield running
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: the path of a socket has 107 bytes at most, and tests run side by side."""
+    with tempfile.TemporaryDirectory(prefix="nbd-") as directory:
+        yield Path(directory)

@@ -69,6 +69,16 @@ class NativeRepository(Repository):
             CorruptImage: the point or the root of the map is damaged.
             StoreError: the store does not answer.
         """
+        disk = await self.open_unread(point, name)
+        try:
+            await disk.prepare()
+        except BaseException:
+            await disk.close()
+            raise
+        return disk
+
+    async def open_unread(self, point: Point, name: str) -> PointDisk:
+        """The same, for who will not read much of it: its map stays where it is."""
         self._check_open()
         self._users += 1
         held = f"{point.group}/{point.id}"
@@ -98,11 +108,9 @@ class NativeRepository(Repository):
                 other = row.record.disk(name)
                 if other is not None:
                     others[row.record.id] = other
-        opened = PointDisk(
+        return PointDisk(
             self.workers, self.vault, record, disk, root, others, lambda: self._leave(held)
         )
-        await opened.prepare()
-        return opened
 
     async def record(self, point: Point) -> PointRecord:
         """What the point's object says, the VM's configuration included.

@@ -174,7 +174,7 @@ class Transfer:
             "rechecked_bytes": disk.rechecked_bytes,
         }
         told = await writer.disk(disk.name, disk.size, facts)
-        content = await self._source.open_disk(point, disk.name)
+        content = await self._source.open_unread(point, disk.name)
         try:
             work = _DiskTransfer(
                 self._source.vault, content, told, done, self._advance, by_id=self.same_ids
