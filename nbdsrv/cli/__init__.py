@@ -52,7 +52,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Serve disks over NBD, for backup and instant restore of virtual machines.
 
-    SOURCE is an image (disk.img, vhd:/path/disk.vhd) or an NBD URI; see docs/usage.md.
+    SOURCE is an image (disk.img, vhd:/path/disk.vhd), a restore point of any of the usual tools
+    (repo:/backup#vm/disk@latest, xo:/remote#...), an NBD URI or a running VM; see docs/usage.md.
     """
 
 

@@ -132,7 +132,9 @@ async def test_a_blob_that_is_nowhere(made: Made, workers: Workers) -> None:
 
 async def test_a_damaged_snapshot_hides_no_other(made: Made, workers: Workers) -> None:
     path = next((made.path / "snapshots").glob(f"{made.points[0]}*"))
-    path.write_bytes(b"x" + path.read_bytes()[1:])
+    sealed = bytearray(path.read_bytes())
+    sealed[0] ^= 1
+    path.write_bytes(sealed)
     async with opened(made.path, workers) as repository:
         points = {point.id: point for point in await repository.points()}
         bad = points.pop(made.points[0])
