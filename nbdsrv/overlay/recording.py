@@ -23,7 +23,7 @@ from nbdsrv.overlay.trace import MAX_UNITS, UNIT, UNIT_BITS
 __all__ = ["Recording"]
 
 
-MAX_ASKED = 100_000
+MAX_ASKED = 40_000
 """Reads of what is the base's, window by window. A system that boots asks for some ten thousand;
 a benchmark must not be slowed down for long."""
 
