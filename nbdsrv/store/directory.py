@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 
 from nbdsrv.store.create_only import link_or_rename
 from nbdsrv.store.keys import check_key, check_prefix, is_key
-from nbdsrv.store.store import MAX_OBJECT, Data, ObjectMissing, Store, Stored, StoreError
+from nbdsrv.store.store import MAX_OBJECT, Data, ObjectMissing, Store, Stored, StoreError, naming
 
 __all__ = ["DirectoryStore"]
 
@@ -57,7 +57,7 @@ class DirectoryStore(Store):
 
     def put_new(self, key: str, data: Data) -> bool:
         path = self._path(key)
-        with _named(path):
+        with naming(path):
             if os.path.lexists(path):  # spares the writing; the link below is what decides
                 _sync_directory(os.path.dirname(path))
                 return False
@@ -71,28 +71,28 @@ class DirectoryStore(Store):
 
     def put(self, key: str, data: Data) -> None:
         path = self._path(key)
-        with _named(path), self._temporary(data) as temporary:
+        with naming(path), self._temporary(data) as temporary:
             directory = self._directory_of(path)
             os.rename(temporary, path)
             _sync_directory(directory)
 
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         path = self._path(key)
-        with _named(path), _opened(path) as (fd, size):
+        with naming(path), _opened(path) as (fd, size):
             if size > limit:
                 raise StoreError(f"{path}: {size} bytes, more than {limit}", os_errno.EFBIG)
             return _read(fd, path, 0, size)
 
     def get_range(self, key: str, offset: int, length: int) -> Data:
         path = self._path(key)
-        with _named(path), _opened(path) as (fd, size):
+        with naming(path), _opened(path) as (fd, size):
             if offset < 0 or length < 1 or offset + length > size:
                 raise StoreError(f"{path}: {length} bytes at {offset}, but it has {size}")
             return _read(fd, path, offset, length)
 
     def open_file(self, key: str) -> int | None:
         path = self._path(key)
-        with _named(path), _opened(path) as (fd, _):
+        with naming(path), _opened(path) as (fd, _):
             return os.dup(fd)
 
     def list(self, prefix: str) -> Iterator[Stored]:
@@ -103,7 +103,7 @@ class DirectoryStore(Store):
         # Not synced: after a power cut the object may be there again, whole, as if this had not
         # been called; and whoever deletes it would do so again.
         path = self._path(key)
-        with _named(path):
+        with naming(path):
             try:
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -115,7 +115,7 @@ class DirectoryStore(Store):
 
     def _listing(self, prefix: str) -> Iterator[Stored]:
         directory = os.path.join(self.name, prefix)
-        with _named(directory):
+        with naming(directory):
             try:
                 with os.scandir(directory) as entries:
                     # As keys are ordered: a/b behind a-b, so a directory counts with its slash.
@@ -132,7 +132,7 @@ class DirectoryStore(Store):
                 yield from self._listing(key)
                 continue
             path = os.path.join(self.name, key)
-            with _named(path):
+            with naming(path):
                 try:
                     info = os.stat(path, follow_symlinks=False)
                 except (FileNotFoundError, NotADirectoryError):
@@ -209,16 +209,6 @@ class DirectoryStore(Store):
     def _make_directory(self, path: str) -> None:
         with suppress(FileExistsError):
             os.mkdir(path, self._mode | 0o700)
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """What the operating system refuses, as our own error with the path in it."""
-    try:
-        yield
-    except OSError as error:
-        number = error.errno or os_errno.EIO
-        raise StoreError(f"{path}: {os.strerror(number)}", number) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.store.store import ObjectMissing, StoreError
+from nbdsrv.store.store import ObjectMissing, StoreError, naming
 from nbdsrv.store.tree import MAX_FILE, Node, Tree, check_path
 
 __all__ = ["DirectoryTree"]
@@ -66,7 +66,7 @@ class DirectoryTree(Tree):
         except ObjectMissing:
             return found
         try:
-            with self._named(path), os.scandir(fd) as entries:
+            with naming(self.full(path)), os.scandir(fd) as entries:
                 names = sorted(entry.name for entry in entries)
             for name in names:
                 if not name.isascii() and _undecodable(name):
@@ -130,7 +130,7 @@ class DirectoryTree(Tree):
 
     def _read(self, fd: int, path: str, offset: int, length: int) -> bytes:
         parts: list[bytes] = []
-        with self._named(path):
+        with naming(self.full(path)):
             while length:
                 part = os.pread(fd, min(length, _READ), offset)
                 if not part:
@@ -154,16 +154,6 @@ class DirectoryTree(Tree):
             yield fd, info.st_size
         finally:
             os.close(fd)
-
-    @contextmanager
-    def _named(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except OSError as error:
-            number = error.errno or os_errno.EIO
-            raise StoreError(f"{self.full(path)}: {os.strerror(number)}", number) from error
 
     def _open(self, path: str, flags: int) -> int:
         """A descriptor of what lies at ``path``; a link is followed if it stays below the root."""

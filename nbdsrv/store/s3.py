@@ -19,30 +19,24 @@ Rules:
   whoever makes a repository puts its first object twice.
 """
 
-import errno as os_errno
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import S3Store as Bucket
+from obstore.exceptions import AlreadyExistsError
 
-from nbdsrv.errors import ConfigError
 from nbdsrv.store.keys import check_key, check_prefix, is_key
-from nbdsrv.store.s3_errors import Said, explain
+from nbdsrv.store.s3_bucket import FAILURES, BucketReader, open_bucket
+from nbdsrv.store.s3_errors import Said
 from nbdsrv.store.s3_options import S3Options
 from nbdsrv.store.store import MAX_OBJECT, Data, ObjectMissing, Store, Stored, StoreError
 
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig, S3Config
-
-__all__ = ["S3Store", "open_bucket"]
+__all__ = ["S3Store"]
 
 COALESCE = 1 << 20
 """Bytes between two ranges that are rather read too than asked for around: a round trip's worth."""
@@ -54,8 +48,6 @@ PAGE = 1000
 """Keys of a listing at a time: what services send in one answer."""
 
 T = TypeVar("T")
-
-_FAILURES = (BaseError, OSError, ValueError)
 
 
 class S3Store(Store):
@@ -74,12 +66,10 @@ class S3Store(Store):
             ConfigError: the options make no sense; see ``S3Options.check``.
         """
         options = options or S3Options.from_environment()
-        options.check()
-        self.name = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._bucket = bucket
+        self._reader = BucketReader(bucket, prefix, options)
+        self.name = self._reader.name
         self._prefix = prefix
         self._options = options
-        self._reading = open_bucket(bucket, prefix, options, stall=True)
         # A long upload is no stall: the answer to it comes after the last byte only.
         self._writing = open_bucket(bucket, prefix, options, stall=False)
         self._lock = threading.Lock()
@@ -103,38 +93,16 @@ class S3Store(Store):
         check_key(self.name, key)
         try:
             obstore.put(self._writing, key, data, use_multipart=False)
-        except _FAILURES as error:
-            raise self._explain(key, error) from error
+        except FAILURES as error:
+            raise self._reader.explain(key, error) from error
 
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         check_key(self.name, key)
-        try:
-            answer = obstore.get(self._reading, key)
-            size = answer.meta["size"]
-            if size > limit:
-                text = f"{self.name}/{key}: {size} bytes, more than {limit}"
-                raise StoreError(text, os_errno.EFBIG)
-            data = answer.bytes()
-        except _FAILURES as error:
-            raise self._explain(key, error) from error
-        if len(data) != size:
-            raise StoreError(f"{self.name}/{key}: {len(data)} bytes of {size} arrived")
-        return data.to_bytes()
+        return self._reader.get(key, limit)
 
     def get_range(self, key: str, offset: int, length: int) -> Data:
         check_key(self.name, key)
-        if offset < 0 or length < 1:
-            raise StoreError(f"{self.name}/{key}: {length} bytes at {offset}: no such range")
-        try:
-            data = memoryview(obstore.get_range(self._reading, key, start=offset, length=length))
-        except _FAILURES as error:
-            raise self._explain(key, error) from error
-        if len(data) != length:
-            raise StoreError(
-                f"{self.name}/{key}: {length} bytes at {offset}, but it ends after {len(data)} "
-                "of them"
-            )
-        return data
+        return self._reader.get_range(key, offset, length)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Data]:
         # obstore.get_ranges panics if an object is shorter than it should be.
@@ -167,7 +135,7 @@ class S3Store(Store):
     def _listing(self, prefix: str) -> Iterator[Stored]:
         last = ""
         try:
-            for page in obstore.list(self._reading, prefix or None, chunk_size=PAGE):
+            for page in obstore.list(self._reader.objects, prefix or None, chunk_size=PAGE):
                 for row in page:
                     key = row["path"]
                     if not is_key(key) or not key.startswith(prefix):
@@ -183,8 +151,8 @@ class S3Store(Store):
                         )
                     last = key
                     yield Stored(key, row["size"], row["last_modified"].timestamp())
-        except _FAILURES as error:
-            raise self._explain(prefix, error) from error
+        except FAILURES as error:
+            raise self._reader.explain(prefix, error) from error
 
     def _repeated(self, key: str, act: Callable[[], T]) -> T:
         """Repeat also what obstore does not, as it cannot know that doing it twice is well:
@@ -195,16 +163,13 @@ class S3Store(Store):
         while True:
             try:
                 return act()
-            except _FAILURES as error:
+            except FAILURES as error:
                 said = Said(error)
                 again = attempt < self._options.retries and time.monotonic() < last
                 if not again or not (said.timed_out or said.status == 409):
-                    raise self._explain(key, error) from error
+                    raise self._reader.explain(key, error) from error
             self._pause(attempt)
             attempt += 1
-
-    def _explain(self, key: str, error: Exception) -> StoreError:
-        return explain(f"{self.name}/{key}", self._bucket, error)
 
     def _pause(self, attempt: int) -> None:
         longest = min(self._options.pause_s * 2**attempt, self._options.pause_s * 50)
@@ -215,48 +180,6 @@ class S3Store(Store):
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(PARALLEL, "nbdsrv-s3")
             return self._threads
-
-
-def open_bucket(bucket: str, prefix: str, options: S3Options, *, stall: bool) -> Bucket:
-    # One DELETE for one object: Amazon's bulk form is not known everywhere.
-    config: S3Config = {"disable_bulk_delete": True}
-    if options.endpoint:
-        config["aws_endpoint_url_s3"] = options.endpoint  # counts before all others
-    if options.region:
-        config["region"] = options.region
-    if options.access_key:
-        config["access_key_id"] = options.access_key
-        config["secret_access_key"] = options.secret_key
-    if options.session_token:
-        config["session_token"] = options.session_token
-    if options.virtual_hosted is not None:
-        config["virtual_hosted_style_request"] = options.virtual_hosted
-    client: ClientConfig = {
-        # Whether to whom is decided by S3Options.check.
-        "allow_http": options.endpoint.lower().startswith("http:"),
-        "connect_timeout": timedelta(seconds=options.connect_timeout_s),
-        "timeout": timedelta(seconds=options.timeout_s),
-        "user_agent": "nbdsrv",
-    }
-    if stall:
-        client["read_timeout"] = timedelta(seconds=options.stall_timeout_s)
-    if options.ca_bundle:
-        client["root_certificate"] = options.certificates()
-    retry: RetryConfig = {
-        "max_retries": options.retries,
-        "retry_timeout": timedelta(seconds=options.patience_s),
-        "backoff": {
-            "init_backoff": timedelta(seconds=options.pause_s),
-            "max_backoff": timedelta(seconds=options.pause_s * 50),
-        },
-    }
-    try:
-        return Bucket(
-            bucket, prefix=prefix or None, config=config, client_options=client, retry_config=retry
-        )
-    except (BaseError, ValueError) as error:
-        said = str(error).partition("\n")[0]
-        raise ConfigError(f"s3://{bucket}/{prefix}: {said}") from error
 
 
 def _coalesced(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

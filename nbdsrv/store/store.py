@@ -15,13 +15,16 @@ Keys are relative paths of ``[A-Za-z0-9._%-]`` in components divided by ``/``; n
 with a dot. A store may hold other things of its own; ``list`` does not show them.
 """
 
+import errno as os_errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from nbdsrv.errors import DiskError
 
-__all__ = ["MAX_OBJECT", "Data", "ObjectMissing", "Store", "StoreError", "Stored"]
+__all__ = ["MAX_OBJECT", "Data", "ObjectMissing", "Store", "StoreError", "Stored", "naming"]
 
 MAX_OBJECT = 1 << 30
 """Bytes of an object that is read as a whole, at most, unless the caller says less."""
@@ -52,6 +55,16 @@ class Stored(NamedTuple):
     key: str
     size: int
     modified: float
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """What the operating system refuses, as our own error with the path in it."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or os_errno.EIO
+        raise StoreError(f"{path}: {os.strerror(number)}", number) from error
 
 
 class Store(ABC):

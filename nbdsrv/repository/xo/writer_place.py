@@ -14,11 +14,11 @@ import errno as os_errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.store.store import StoreError
+from nbdsrv.store.store import StoreError, naming
 from nbdsrv.store.tree import check_path
 
 __all__ = ["TEMPORARY", "Place", "is_temporary"]
@@ -68,7 +68,7 @@ class Place:
             at = at.rpartition("/")[0]
         self._beneath(at)
         for each in reversed(missing):
-            with self._named(each):
+            with naming(self.full(each)):
                 self._step("mkdir", each)
                 with suppress(FileExistsError):
                     os.mkdir(self.full(each))
@@ -84,7 +84,7 @@ class Place:
 
     def create(self, path: str) -> int:
         """A new file, open for writing: the descriptor is the caller's."""
-        with self._named(path):
+        with naming(self.full(path)):
             self._step("create", path)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             return os.open(self.full(path), flags, 0o666)
@@ -100,7 +100,7 @@ class Place:
 
     def append(self, fd: int, path: str, position: int, *parts: Data) -> int:
         """Write ``parts`` at ``position``; what is behind them."""
-        with self._named(path):
+        with naming(self.full(path)):
             self._step("write", path)
             for part in parts:
                 view, done = memoryview(part), 0
@@ -111,7 +111,7 @@ class Place:
 
     def sync(self, fd: int, path: str) -> None:
         """Its content is durable."""
-        with self._named(path):
+        with naming(self.full(path)):
             self._step("sync", path)
             os.fdatasync(fd)
 
@@ -133,14 +133,14 @@ class Place:
 
     def rename(self, old: str, new: str) -> None:
         """Replaces ``new``."""
-        with self._named(new):
+        with naming(self.full(new)):
             self._step("rename", new)
             os.rename(self.full(old), self.full(new))
 
     def settle(self, directories: list[str]) -> None:
         """The names in these directories are durable."""
         for each in sorted(directories, key=len, reverse=True):
-            with self._named(each):
+            with naming(self.full(each)):
                 self._step("settle", each)
                 fd = os.open(self.full(each), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
@@ -153,22 +153,12 @@ class Place:
 
     def remove(self, path: str) -> None:
         """A file that may be gone already."""
-        with self._named(path), suppress(FileNotFoundError):
+        with naming(self.full(path)), suppress(FileNotFoundError):
             self._step("remove", path)
             os.unlink(self.full(path))
 
     def remove_tree(self, path: str) -> None:
         """A directory with all that is in it; links in it are not followed."""
-        with self._named(path), suppress(FileNotFoundError):
+        with naming(self.full(path)), suppress(FileNotFoundError):
             self._step("remove", path)
             shutil.rmtree(self.full(path))
-
-    @contextmanager
-    def _named(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except OSError as error:
-            number = error.errno or os_errno.EIO
-            raise StoreError(f"{self.full(path)}: {os.strerror(number)}", number) from error
