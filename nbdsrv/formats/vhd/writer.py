@@ -28,38 +28,26 @@ from nbdsrv.errors import UnsupportedImage
 from nbdsrv.formats.target_file import TargetFile
 from nbdsrv.formats.vhd.structs import (
     ABSENT,
-    CREATOR_TAP,
-    EPOCH,
-    FEATURES_RESERVED,
-    FOOTER,
-    FOOTER_CHECKSUM,
-    FOOTER_COOKIE,
     FOOTER_SIZE,
-    HEADER,
-    HEADER_CHECKSUM,
-    HEADER_COOKIE,
-    HEADER_SIZE,
-    LOCATORS,
     MAX_SECTORS,
-    NO_OFFSET,
     SECTOR,
-    VERSION,
     DiskType,
-    Platform,
     bitmap_size,
-    checksum,
 )
-from nbdsrv.formats.vhd.writer_structs import batmap, batmap_length, geometry
+from nbdsrv.formats.vhd.writer_frame import (
+    BLOCK,
+    TABLE_AT,
+    build_footer,
+    build_header,
+    entries_of,
+)
+from nbdsrv.formats.vhd.writer_structs import batmap, batmap_length
 from nbdsrv.formats.writer import ImageWriter, Plan
 
 __all__ = ["BLOCK", "VhdWriter", "stream_length"]
 
-BLOCK = 2 << 20
-"""Bytes of a block; some readers know no other size."""
 _BITMAP = b"\xff" * bitmap_size(BLOCK)
-_TABLE_OFFSET = FOOTER_SIZE + HEADER_SIZE
 _CREATOR_VERSION = 0x00010003
-_CREATOR_OS = b"\0\0\0\0"
 
 
 class VhdWriter(ImageWriter):
@@ -85,12 +73,13 @@ class VhdWriter(ImageWriter):
                 f"{self._target.path}: a VHD has at most 2040 GiB, this disk has"
                 f" {plan.size / (1 << 30):.0f}; write another format, for instance qcow2"
             )
-        # A table without entries is none to most readers.
-        entries = max(1, -(-size // BLOCK))
+        entries = entries_of(size)
         self._size = size
         self._bat = array("I", [ABSENT]) * entries
-        self._blocks_at = _TABLE_OFFSET + _padded(4 * entries) + batmap_length(entries)
-        self._footer = _footer(size)
+        self._blocks_at = TABLE_AT + _padded(4 * entries) + batmap_length(entries)
+        self._footer = build_footer(
+            size, uuid.uuid4(), time.time(), _CREATOR_VERSION, DiskType.DYNAMIC
+        )
         await self._workers.run(self._open, None if self.seekable else plan)
 
     def _open(self, plan: Plan | None) -> None:
@@ -142,7 +131,7 @@ class VhdWriter(ImageWriter):
         table = array("I", self._bat)
         if sys.byteorder == "little":
             table.byteswap()
-        data = self._footer + _header(len(table)) + table.tobytes()
+        data = self._footer + build_header(len(table)) + table.tobytes()
         data += b"\xff" * (_padded(len(data)) - len(data))
         present = bytes(entry != ABSENT for entry in self._bat)
         return data + batmap(present, len(data))
@@ -150,74 +139,15 @@ class VhdWriter(ImageWriter):
 
 def stream_length(plan: Plan) -> int:
     """Bytes that a pipe will be given for ``plan``, from the first to the last."""
-    entries = max(1, -(-plan.size // BLOCK))
+    entries = entries_of(plan.size)
     blocks, end = 0, 0  # ranges are ascending, but two may lie in one block
     for offset, length in plan.data():
         first = max(offset // BLOCK, end)
         end = max(-(-(offset + length) // BLOCK), end)
         blocks += end - first
-    tables = _TABLE_OFFSET + _padded(4 * entries) + batmap_length(entries)
+    tables = TABLE_AT + _padded(4 * entries) + batmap_length(entries)
     return tables + blocks * (len(_BITMAP) + BLOCK) + FOOTER_SIZE
 
 
 def _padded(length: int) -> int:
     return -(-length // SECTOR) * SECTOR
-
-
-def _footer(size: int) -> bytes:
-    footer = bytearray(
-        FOOTER.build(
-            {
-                "cookie": FOOTER_COOKIE,
-                "features": FEATURES_RESERVED,
-                "version": VERSION,
-                "data_offset": FOOTER_SIZE,
-                "timestamp": max(0, int(time.time()) - EPOCH),
-                "creator": CREATOR_TAP,
-                "creator_version": _CREATOR_VERSION,
-                "creator_os": _CREATOR_OS,
-                "original_size": size,
-                "current_size": size,
-                "geometry": geometry(size // SECTOR),
-                "disk_type": DiskType.DYNAMIC,
-                "checksum": 0,
-                "unique_id": uuid.uuid4().bytes,
-                "saved_state": 0,
-                "hidden": 0,
-                "reserved": bytes(426),
-            }
-        )
-    )
-    footer[FOOTER_CHECKSUM : FOOTER_CHECKSUM + 4] = checksum(footer, FOOTER_CHECKSUM).to_bytes(4)
-    return bytes(footer)
-
-
-def _header(entries: int) -> bytes:
-    none = {
-        "platform": Platform.NONE,
-        "data_space": 0,
-        "data_length": 0,
-        "reserved": 0,
-        "data_offset": 0,
-    }
-    header = bytearray(
-        HEADER.build(
-            {
-                "cookie": HEADER_COOKIE,
-                "data_offset": NO_OFFSET,
-                "table_offset": _TABLE_OFFSET,
-                "version": VERSION,
-                "max_table_entries": entries,
-                "block_size": BLOCK,
-                "checksum": 0,
-                "parent_unique_id": bytes(16),
-                "parent_timestamp": 0,
-                "reserved1": bytes(4),
-                "parent_unicode_name": bytes(512),
-                "locators": [none] * LOCATORS,
-                "reserved2": bytes(256),
-            }
-        )
-    )
-    header[HEADER_CHECKSUM : HEADER_CHECKSUM + 4] = checksum(header, HEADER_CHECKSUM).to_bytes(4)
-    return bytes(header)
