@@ -15,14 +15,14 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 
-__all__ = ["CHANGED", "ID_SIZE", "MAX_PIECE", "UNCHANGED", "MisfitError", "Pieces"]
+from nbdsrv.repository.comparing import CHANGED, UNCHANGED
+
+__all__ = ["ID_SIZE", "MAX_PIECE", "MisfitError", "Pieces"]
 
 ID_SIZE = 32
 """Bytes of an id."""
 MAX_PIECE = 64 << 20
 """Bytes of a piece, which is unpacked as a whole; restic's have at most 8 MiB, borg's 20 MiB."""
-UNCHANGED = 0
-CHANGED = 1
 MAX_EXTENTS = 1 << 16
 MANY = 1 << 15
 FEW = 8

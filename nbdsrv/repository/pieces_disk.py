@@ -22,19 +22,15 @@ from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.paged import PagedDisk
 from nbdsrv.formats.probe import FOOTER, recognise
+from nbdsrv.repository.comparing import MAX_OTHERS, announced
 from nbdsrv.repository.pieces import Pieces
 from nbdsrv.repository.repository import CHANGED_SINCE, Point
-from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
 from protocol.terms import BlockSizes
 
-__all__ = ["MAX_ANNOUNCED", "PiecesDisk", "content_of"]
+__all__ = ["PiecesDisk", "content_of"]
 
 PAGE = 256 << 20
-MAX_ANNOUNCED = 256
-"""Contexts that are announced, the newest points'; all are answered for."""
-MAX_OTHERS = 4
-"""Points whose pieces are kept for comparing."""
 PREFERRED = 1 << 20
 """What reads are best aligned to: about a piece."""
 
@@ -86,12 +82,7 @@ class PiecesDisk(PagedDisk):
         super().__init__(workers, f"{name}#{point.group}/{path}@{point.id}")
         self.size = pieces.size
         self.block_sizes = BlockSizes(preferred=PREFERRED)
-        announced = list(others)[-MAX_ANNOUNCED:]
-        self.contexts = (
-            ALLOCATION,
-            ALLOCATION_DEPTH,
-            *(CHANGED_SINCE + each for each in reversed(announced)),
-        )
+        self.contexts = announced(others)
         self.repository = name
         self.point = point
         self.path = path

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from nbdsrv.errors import PointDamaged, PointMissing, RepositoryError
 from nbdsrv.repository.repository import Point, Repository
 
-__all__ = ["LATEST", "Scope", "Selected", "latest_with", "scope_of", "select"]
+__all__ = ["LATEST", "Scope", "Selected", "latest_with", "meant", "scope_of", "select"]
 
 LATEST = "latest"
 MAX_NAMED = 10
@@ -202,6 +202,23 @@ def latest_with(points: Sequence[Point], disk: str | None) -> Point | None:
         if disk is None or _lost(point, disk) or point.disk(disk) is not None:
             return point
     return None
+
+
+def meant(scope: Scope, selector: str) -> Sequence[Point]:
+    """The points a selector means: all it may, and where it says ``@latest`` each group's newest.
+
+    Args:
+        scope: what ``scope_of`` says of it.
+        selector: it.
+    """
+    if scope.said or not selector.endswith(f"@{LATEST}"):
+        return scope.points
+    groups = dict.fromkeys(point.group for point in scope.points)
+    newest = (
+        latest_with([point for point in scope.points if point.group == group], scope.disk)
+        for group in groups
+    )
+    return [point for point in newest if point is not None]
 
 
 def _latest(repository: Repository, selector: str, scope: Scope) -> Selected:

@@ -21,18 +21,16 @@ from nbdsrv.formats.paged import PagedDisk
 from nbdsrv.repository.benji.hashing import BlockHash
 from nbdsrv.repository.benji.objects import Objects, object_path
 from nbdsrv.repository.benji.versions import BlockMap, Head
+from nbdsrv.repository.comparing import announced
 from nbdsrv.repository.repository import CHANGED_SINCE
 from nbdsrv.store.store import ObjectMissing
-from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
 from protocol.terms import BlockSizes
 
-__all__ = ["MAX_ANNOUNCED", "BenjiDisk", "block_at"]
+__all__ = ["BenjiDisk", "block_at"]
 
 PAGE_BLOCKS = 1024
 """Blocks of a page: 4 GiB."""
-MAX_ANNOUNCED = 256
-"""Versions whose ``changed-since`` is announced, the newest first."""
 MAX_PREFERRED = 1 << 16
 MAX_FOUND = 1 << 16
 """Extents of an answer."""
@@ -97,9 +95,7 @@ class BenjiDisk(PagedDisk):
         self.size = head.size
         self.page_span = PAGE_BLOCKS * head.block_size
         self.block_sizes = BlockSizes(preferred=_preferred(head.block_size))
-        newest = list(others)[: -MAX_ANNOUNCED - 1 : -1]
-        names = (CHANGED_SINCE + each for each in newest)
-        self.contexts = (ALLOCATION, ALLOCATION_DEPTH, *names)
+        self.contexts = announced(others)
         self._objects = objects
         self._hashes = hashes
         self._head = head

@@ -28,6 +28,7 @@ from nbdsrv.repository.benji.objects import Objects
 from nbdsrv.repository.benji.versions import BlockMap, Head, read_blocks
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.repository import DiskFacts, Point, Repository, stamp_of
+from nbdsrv.repository.shared import Shared
 from nbdsrv.store.directory_tree import DirectoryTree
 from nbdsrv.store.store import ObjectMissing
 from nbdsrv.store.tree import Node
@@ -62,8 +63,7 @@ class BenjiRepository(Repository):
         self.listing = Listing(objects)
         self._maps: OrderedDict[tuple[str, Node], BlockMap] = OrderedDict()
         self._lock = threading.Lock()
-        self._users = 1
-        self._closed = False
+        self._shared = Shared(self.name, workers, objects.tree.close)
 
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """By volume, then from old to new; heads are read once."""
@@ -79,13 +79,11 @@ class BenjiRepository(Repository):
             PointMissing: the version is gone, or the disk another.
             CorruptImage: its list of blocks is broken.
         """
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
-        self._users += 1
+        self._shared.enter()
         try:
             return await self._open(point, name)
         except BaseException:
-            await self._drop()
+            await self._shared.leave()
             raise
 
     async def _open(self, point: Point, name: str) -> Disk:
@@ -115,7 +113,7 @@ class BenjiRepository(Repository):
             head,
             blocks,
             others,
-            self._drop,
+            self._shared.leave,
             {
                 "group": head.volume,
                 "disk": DISK,
@@ -169,14 +167,7 @@ class BenjiRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so."""
-        if not self._closed:
-            self._closed = True
-            await self._drop()
-
-    async def _drop(self) -> None:
-        self._users -= 1
-        if not self._users:
-            await self.workers.run(self.objects.tree.close)
+        await self._shared.close()
 
 
 def _age(version: Version) -> tuple[float, str]:

@@ -28,6 +28,7 @@ from nbdsrv.repository.pieces import Pieces
 from nbdsrv.repository.pieces_disk import content_of
 from nbdsrv.repository.repository import Point, Repository
 from nbdsrv.repository.restic.repository import asked_paths
+from nbdsrv.repository.shared import Shared
 
 __all__ = ["BorgRepository", "open_borg"]
 
@@ -48,15 +49,14 @@ class BorgRepository(Repository):
         self.borg = borg
         self._archives = Archives(borg, asked)
         self._turn = asyncio.Lock()
-        self._users = 1
-        self._closed = False
+        self._shared = Shared(self.name, workers, borg.close)
 
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """All archives, or those of one host; the items of each are read once."""
         return [row.point for row in await self._rows(group) if row.point is not None]
 
     async def _rows(self, group: str | None) -> list[Row]:
-        self._check_open()
+        self._shared.check()
         async with self._turn:
             return await self.workers.run(self._archives.rows, group)
 
@@ -68,12 +68,11 @@ class BorgRepository(Repository):
             CorruptImage: its metadata are damaged.
             DiskError: borg cannot read it.
         """
-        self._check_open()
-        self._users += 1
+        self._shared.enter()
         try:
             return await self._open(point, name)
         except BaseException:
-            await self._drop()
+            await self._shared.leave()
             raise
 
     async def _open(self, point: Point, name: str) -> BorgDisk:
@@ -96,7 +95,15 @@ class BorgRepository(Repository):
             if each is not row and each.point is not None and each.point.disk(name) is not None
         }
         return BorgDisk(
-            self.workers, self.borg, found, name, pieces, zeroes, content, others, self._drop
+            self.workers,
+            self.borg,
+            found,
+            name,
+            pieces,
+            zeroes,
+            content,
+            others,
+            self._shared.leave,
         )
 
     def _look(self, archive: str, path: str) -> tuple[Pieces, frozenset[bytes], str]:
@@ -126,18 +133,7 @@ class BorgRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one ends borg."""
-        if not self._closed:
-            self._closed = True
-            await self._drop()
-
-    async def _drop(self) -> None:
-        self._users -= 1
-        if not self._users:
-            await self.workers.run(self.borg.close)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
+        await self._shared.close()
 
 
 async def open_borg(

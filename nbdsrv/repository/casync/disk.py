@@ -11,34 +11,25 @@ A chunk of zeroes of the largest size, which is what casync makes of a hole, is 
 ``nbdsrv:changed-since:POINT`` calls unchanged what lies in the same chunk at the same place.
 """
 
-import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.errors import CorruptImage
 from nbdsrv.formats.page import Kind, Segment
-from nbdsrv.formats.paged import PagedDisk
 from nbdsrv.repository.casync.index import MAX_SPREAD, BlobIndex, Item, chunk_id
 from nbdsrv.repository.casync.stores import ChunkStores
 from nbdsrv.repository.casync.structs import ITEM
-from nbdsrv.repository.repository import CHANGED_SINCE
-from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
-from protocol.extents import ExtentList
+from nbdsrv.repository.comparing import CHANGED, UNCHANGED
+from nbdsrv.repository.indexed_disk import IndexedDisk
 
 __all__ = ["CasyncDisk", "Zeroes", "changes", "page_span"]
 
 PAGE_CHUNKS = 2048
 """Chunks translated at a time, on average: 80 KiB of index, a millisecond."""
-MAX_ANNOUNCED = 256
-"""Contexts of other points that are announced; all are answered for."""
-MAX_OTHERS = 4
-"""Indexes of other points kept open."""
 MAX_COMPARED = 64
 """Blocks of chunks compared for one answer: some ten milliseconds. An answer may stop short."""
-UNCHANGED, CHANGED = 0, 1
 
 OpenOther = Callable[[], BlobIndex]
 
@@ -77,7 +68,7 @@ class Zeroes:
         return (end - start, id_) in self._known
 
 
-class CasyncDisk(PagedDisk):
+class CasyncDisk(IndexedDisk[BlobIndex]):
     """A disk, read-only."""
 
     format = "casync"
@@ -93,40 +84,27 @@ class CasyncDisk(PagedDisk):
         facts: Mapping[str, object],
         release: Callable[[], Awaitable[None]],
     ) -> None:
-        """Use ``CasyncRepository.open_disk``. Becomes the owner of ``index``.
+        """Use ``CasyncRepository.open_disk``.
 
         Args:
             workers: for everything that blocks.
             name: for messages.
-            index: open.
-            zeroes: of it.
+            index: open; becomes ours.
+            zeroes: of the index.
             stores: where its chunks are.
             others: what ``changed-since`` can compare with by point, from old to new; blocking.
             facts: for ``info``.
             release: called once, when it is closed.
         """
-        super().__init__(workers, name)
-        self.size = index.size
+        super().__init__(workers, name, index, others, facts, release)
         self.page_span = page_span(index)
-        announced = list(others)[-MAX_ANNOUNCED:]
-        self.contexts = (
-            ALLOCATION,
-            ALLOCATION_DEPTH,
-            *(CHANGED_SINCE + each for each in reversed(announced)),
-        )
-        self._index = index
         self._zeroes = zeroes
         self._stores = stores
-        self._others = others
-        self._opened: OrderedDict[str, BlobIndex] = OrderedDict()
-        self._comparing = asyncio.Lock()
-        self._facts = facts
-        self._release = release
 
     @property
     def facts(self) -> Mapping[str, object]:
         """What the index says."""
-        index = self._index
+        index = self.index
         return {
             **self._facts,
             "chunk_size_min": index.min_size,
@@ -136,7 +114,7 @@ class CasyncDisk(PagedDisk):
 
     def _read_page(self, offset: int, length: int) -> Iterator[Segment]:
         at, end = offset, offset + length
-        for item in self._index.items(offset, end, self._zeroes.id):
+        for item in self.index.items(offset, end, self._zeroes.id):
             number, start, stop, _ = item
             stop = min(stop, end)
             if self._zeroes.has(item):
@@ -147,52 +125,14 @@ class CasyncDisk(PagedDisk):
 
     def _decode(self, key: int) -> bytes:
         number, rest = divmod(key, 2)
-        _, start, end, id_ = self._index.item(number)
+        _, start, end, id_ = self.index.item(number)
         data, _ = self._stores.read(id_, end - start)
         if not rest:
             return data
         return data[(start // self.page_span + 1) * self.page_span - start :]
 
-    async def status(self, context: str, offset: int, length: int) -> ExtentList:
-        """Allocation, its depth, and what has changed since other points."""
-        name = context.removeprefix(CHANGED_SINCE)
-        opener = self._others.get(name)
-        if opener is None or not context.startswith(CHANGED_SINCE):
-            return await super().status(context, offset, length)
-        self._check(offset, length)
-        async with self._comparing:  # an index that is compared is not closed meanwhile
-            if self._closed:
-                raise DiskError(f"{self.name} is closed")
-            if name not in self._opened:
-                await self.workers.run(self._open_other, name, opener)
-            self._opened.move_to_end(name)
-            theirs = self._opened[name]
-            while len(self._opened) > MAX_OTHERS:
-                self._opened.popitem(last=False)[1].close()
-            found = await self.workers.look_up(changes, self._index, theirs, offset, length)
-        return ExtentList(offset, found)
-
-    def _open_other(self, name: str, opener: OpenOther) -> None:
-        """In a thread: whoever waits for it may be cancelled, and it is ours all the same."""
-        self._opened[name] = opener()
-
-    async def close(self) -> None:
-        """Close the indexes. Idempotent."""
-        if self._closed:
-            return
-        try:
-            await super().close()
-            async with self._comparing:
-                await self.workers.look_up(self._close_others)
-        finally:
-            await self._release()
-
-    def _close_files(self) -> None:
-        self._index.close()
-
-    def _close_others(self) -> None:
-        while self._opened:
-            self._opened.popitem()[1].close()
+    def _changes(self, theirs: BlobIndex, offset: int, length: int) -> list[tuple[int, int]]:
+        return changes(self.index, theirs, offset, length)
 
 
 def changes(mine: BlobIndex, theirs: BlobIndex, offset: int, length: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from nbdsrv.repository.casync.stores import STORE, ChunkStores, Place, beside, n
 from nbdsrv.repository.casync.verify import verify
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.shared_tree import SharedTree
+from nbdsrv.repository.shared import Shared
 from nbdsrv.store.directory_tree import DirectoryTree
 from nbdsrv.store.store import ObjectMissing
 from nbdsrv.store.tree import Tree
@@ -53,9 +53,8 @@ class CasyncRepository(Repository):
         self._tree = tree
         self._workers = workers
         self._stores = stores
-        self._shared = SharedTree([tree, *(place.tree for place in stores)], workers)
+        self._shared = Shared(tree.name, workers, self._close_trees)
         self._listing = Listing(tree, only)
-        self._closed = False
 
     async def groups(self) -> Sequence[str]:
         """By listings alone: no index is read."""
@@ -159,9 +158,11 @@ class CasyncRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one closes the trees."""
-        if not self._closed:
-            self._closed = True
-            await self._shared.leave()
+        await self._shared.close()
+
+    def _close_trees(self) -> None:
+        for tree in (self._tree, *(place.tree for place in self._stores)):
+            tree.close()
 
 
 async def open_casync(

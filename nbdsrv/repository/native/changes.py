@@ -8,13 +8,11 @@
 """
 
 from nbdsrv.errors import DiskError
+from nbdsrv.repository.comparing import CHANGED, UNCHANGED
 from nbdsrv.repository.native.hashing import ID_SIZE
 from nbdsrv.repository.native.pages import Pages
 
-__all__ = ["CHANGED", "UNCHANGED", "changes"]
-
-UNCHANGED = 0
-CHANGED = 1
+__all__ = ["changes"]
 
 MAX_EXTENTS = 1 << 16
 MAX_PAGES = 64

@@ -24,6 +24,7 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import BlockRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
+from nbdsrv.repository.comparing import MAX_OTHERS, announced
 from nbdsrv.repository.native.boot_trace import load_trace, put_trace
 from nbdsrv.repository.native.changes import changes
 from nbdsrv.repository.native.chunk_reader import ChunkReader
@@ -42,8 +43,6 @@ __all__ = ["CHANGED_SINCE", "SMALL_MAP", "PointDisk"]
 
 CHANGED_SINCE = "nbdsrv:changed-since:"
 """A meta context for each other point: 1 where the disk differs from what it was there, else 0."""
-MAX_ANNOUNCED = 256
-"""Of these contexts, the newest points' are announced; all are answered for."""
 MAX_EXTENTS = 1 << 16
 """Extents looked up in one go; an answer may stop short."""
 MAX_LOADS = 64
@@ -55,8 +54,6 @@ SMALL_MAP = 64
 from it reads here and there, and would wait for each of them."""
 TURNS = 16
 """Pages read at a time."""
-MAX_OTHERS = 4
-"""Maps of other points kept for comparing."""
 OTHERS_BYTES = 4 << 20
 """Bytes of pages kept of each of them."""
 MAX_WARMED = 64 << 20
@@ -100,12 +97,7 @@ class PointDisk(Disk):
         self.size = root.size
         self.point = point
         self.record = record
-        announced = list(others)[-MAX_ANNOUNCED:]
-        self.contexts = (
-            ALLOCATION,
-            ALLOCATION_DEPTH,
-            *(CHANGED_SINCE + each for each in reversed(announced)),
-        )
+        self.contexts = announced(others)
         self.pages = Pages(vault, root)
         self._vault = vault
         self._root = root

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
+from nbdsrv.errors import CorruptImage, PointMissing
 from nbdsrv.repository.native.disk import PointDisk
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.listing import Listing
@@ -23,6 +23,7 @@ from nbdsrv.repository.native.readers import Readers
 from nbdsrv.repository.native.slots import Root
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import Point, PointWriter, Repository
+from nbdsrv.repository.shared import Shared
 from nbdsrv.store.store import ObjectMissing
 
 __all__ = ["NativeRepository"]
@@ -45,8 +46,8 @@ class NativeRepository(Repository):
         self.workers = workers
         self._listing = Listing(vault, workers)
         self._readers = Readers(vault.store)
+        self._shared = Shared(self.name, workers, vault.close)
         self._users = 1  # itself, and every open disk
-        self._closed = False
 
     async def groups(self) -> Sequence[str]:
         """By a listing alone: no point is read."""
@@ -79,8 +80,7 @@ class NativeRepository(Repository):
 
     async def open_unread(self, point: Point, name: str) -> PointDisk:
         """The same, for who will not read much of it: its map stays where it is."""
-        self._check_open()
-        self._users += 1
+        self._shared.enter()
         held = f"{point.group}/{point.id}"
         try:
             await self.workers.run(self._readers.enter, held)
@@ -147,27 +147,16 @@ class NativeRepository(Repository):
         """
         from nbdsrv.repository.native.writer import begin
 
-        self._check_open()
+        self._shared.check()
         before = await self.record(parent) if parent is not None else None
         return await begin(self.vault, self.workers, group, before)
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one closes the vault."""
-        if not self._closed:
-            self._closed = True
-            await self._drop()
+        await self._shared.close()
 
     async def _leave(self, held: str) -> None:
         try:
             await self.workers.run(self._readers.leave, held)
         finally:
-            await self._drop()
-
-    async def _drop(self) -> None:
-        self._users -= 1
-        if not self._users:
-            await self.workers.run(self.vault.close)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
+            await self._shared.leave()

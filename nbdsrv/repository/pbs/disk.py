@@ -11,40 +11,30 @@ The digest of a chunk of zeroes is known, so holes cost nothing. Equal digests i
 equal content: that is ``nbdsrv:changed-since:POINT``.
 """
 
-import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import DiskError
 from nbdsrv.formats.page import Kind, Segment
-from nbdsrv.formats.paged import PagedDisk
+from nbdsrv.repository.comparing import CHANGED, UNCHANGED
+from nbdsrv.repository.indexed_disk import IndexedDisk
 from nbdsrv.repository.pbs.chunks import Chunks, zero_digest
 from nbdsrv.repository.pbs.index import FixedIndex, others_than
 from nbdsrv.repository.pbs.keys import CryptKey
 from nbdsrv.repository.pbs.structs import DIGEST
-from nbdsrv.repository.repository import CHANGED_SINCE
-from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
-from protocol.extents import ExtentList
 
 __all__ = ["PbsDisk", "changes"]
 
 PAGE_CHUNKS = 4096
 """Chunks translated at a time: 16 GiB, 128 KiB of index, half a millisecond."""
-MAX_ANNOUNCED = 256
-"""Contexts of other points that are announced; all are answered for."""
-MAX_OTHERS = 4
-"""Indexes of other points kept open."""
 MAX_COMPARED = 1 << 18
 """Chunks compared for one answer, 1 TiB: some ten milliseconds. An answer may stop short."""
 AT_ONCE = 256
 """Chunks compared at a time; 8 KiB of digests."""
-UNCHANGED, CHANGED = 0, 1
 
 OpenOther = Callable[[], FixedIndex]
 
 
-class PbsDisk(PagedDisk):
+class PbsDisk(IndexedDisk[FixedIndex]):
     """A disk of a snapshot, read-only."""
 
     format = "pbs"
@@ -60,43 +50,30 @@ class PbsDisk(PagedDisk):
         facts: Mapping[str, object],
         release: Callable[[], Awaitable[None]],
     ) -> None:
-        """Use ``PbsRepository.open_disk``. Becomes the owner of ``index``.
+        """Use ``PbsRepository.open_disk``.
 
         Args:
             workers: for everything that blocks.
             name: for messages.
-            index: proven.
+            index: open; becomes ours.
             chunks: of the datastore.
             key: of an encrypted disk, else None.
             others: what ``changed-since`` can compare with by point, from old to new; blocking.
             facts: for ``info``.
             release: called once, when it is closed.
         """
-        super().__init__(workers, name)
-        self.size = index.size
+        super().__init__(workers, name, index, others, facts, release)
         self.page_span = PAGE_CHUNKS * index.chunk_size
-        announced = list(others)[-MAX_ANNOUNCED:]
-        self.contexts = (
-            ALLOCATION,
-            ALLOCATION_DEPTH,
-            *(CHANGED_SINCE + each for each in reversed(announced)),
-        )
-        self._index = index
         self._chunks = chunks
         self._key = key
-        self._others = others
-        self._open_others: OrderedDict[str, FixedIndex] = OrderedDict()
-        self._comparing = asyncio.Lock()
-        self._facts = facts
-        self._release = release
 
     @property
     def facts(self) -> Mapping[str, object]:
         """What index and manifest say."""
-        return {**self._facts, "chunk_size": self._index.chunk_size}
+        return {**self._facts, "chunk_size": self.index.chunk_size}
 
     def _read_page(self, offset: int, length: int) -> Iterator[Segment]:
-        index, chunk = self._index, self._index.chunk_size
+        index, chunk = self.index, self.index.chunk_size
         first, count = offset // chunk, -(-length // chunk)
         raw = index.digests(first, count)
         last = count - 1
@@ -113,55 +90,11 @@ class PbsDisk(PagedDisk):
             yield Segment(length - at, Kind.ABSENT)
 
     def _decode(self, key: int) -> bytes:
-        digest = self._index.digests(key, 1)
-        return self._chunks.read(digest, self._index.length(key), self._key)
+        digest = self.index.digests(key, 1)
+        return self._chunks.read(digest, self.index.length(key), self._key)
 
-    async def status(self, context: str, offset: int, length: int) -> ExtentList:
-        """Allocation, its depth, and what has changed since other points."""
-        other = self._others.get(context.removeprefix(CHANGED_SINCE))
-        if other is None or not context.startswith(CHANGED_SINCE):
-            return await super().status(context, offset, length)
-        self._check(offset, length)
-        async with self._comparing:  # an index that is compared is not closed meanwhile
-            if self._closed:
-                raise DiskError(f"{self.name} is closed")
-            theirs = await self._other(context, other)
-            found = await self.workers.look_up(changes, self._index, theirs, offset, length)
-        return ExtentList(offset, found)
-
-    async def _other(self, name: str, opener: OpenOther) -> FixedIndex:
-        opened = self._open_others
-        index = opened.get(name)
-        if index is None:
-            index = await self.workers.run(self._open_other, name, opener)
-        opened.move_to_end(name)
-        while len(opened) > MAX_OTHERS:
-            _, oldest = opened.popitem(last=False)
-            oldest.close()
-        return index
-
-    def _open_other(self, name: str, opener: OpenOther) -> FixedIndex:
-        """In a thread: whoever waits for it may be cancelled, and it is ours all the same."""
-        index = self._open_others[name] = opener()
-        return index
-
-    async def close(self) -> None:
-        """Close the indexes, give the lock back. Idempotent."""
-        if self._closed:
-            return
-        try:
-            await super().close()
-            async with self._comparing:
-                await self.workers.look_up(self._close_others)
-        finally:
-            await self._release()
-
-    def _close_files(self) -> None:
-        self._index.close()
-
-    def _close_others(self) -> None:
-        while self._open_others:
-            self._open_others.popitem()[1].close()
+    def _changes(self, theirs: FixedIndex, offset: int, length: int) -> list[tuple[int, int]]:
+        return changes(self.index, theirs, offset, length)
 
 
 def changes(

@@ -4,7 +4,7 @@
 
     PbsRepository ── points() ──> Listing ── manifests ──> Point ...
          └── open_disk() ─ lock, key, index ──> PbsDisk ── Chunks ──> .chunks/
-    SharedTree  <── closed behind the repository and the last disk
+    Shared  <── closed behind the repository and the last disk
 
 Nothing in it is written, and no server has to run.
 """
@@ -30,7 +30,7 @@ from nbdsrv.repository.pbs.lock import hold, release
 from nbdsrv.repository.pbs.manifest import Archive
 from nbdsrv.repository.pbs.verify import verify
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.shared_tree import SharedTree
+from nbdsrv.repository.shared import Shared
 from nbdsrv.store.tree import Tree
 
 __all__ = ["PbsRepository", "open_pbs"]
@@ -46,11 +46,10 @@ class PbsRepository(Repository):
         self.name = tree.name
         self._tree = tree
         self._workers = workers
-        self._shared = SharedTree([tree], workers)
+        self._shared = Shared(tree.name, workers, tree.close)
         self._listing = Listing(tree, keys)
         self._keyed = bool(keys)
         self._chunks = Chunks(tree)
-        self._closed = False
 
     async def groups(self) -> Sequence[str]:
         """By listings alone: no manifest is read."""
@@ -192,9 +191,7 @@ class PbsRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one closes the tree."""
-        if not self._closed:
-            self._closed = True
-            await self._shared.leave()
+        await self._shared.close()
 
 
 async def open_pbs(

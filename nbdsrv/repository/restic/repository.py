@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
+from nbdsrv.errors import CorruptImage, PointMissing
 from nbdsrv.export.grammar import Source
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.pieces import Pieces
@@ -25,6 +25,7 @@ from nbdsrv.repository.restic.keys import open_keys, password_of
 from nbdsrv.repository.restic.snapshots import Row, Snapshots
 from nbdsrv.repository.restic.trees import Trees
 from nbdsrv.repository.restic.verify import verify
+from nbdsrv.repository.shared import Shared
 from nbdsrv.store.tree import Tree
 
 __all__ = ["ResticRepository", "open_restic"]
@@ -47,15 +48,14 @@ class ResticRepository(Repository):
         self._trees = Trees(blobs)
         self._snapshots = Snapshots(blobs, self._trees, asked)
         self._turn = asyncio.Lock()
-        self._users = 1
-        self._closed = False
+        self._shared = Shared(self.name, workers, blobs.tree.close)
 
     async def points(self, group: str | None = None) -> Sequence[Point]:
         """All snapshots, or those of one host; each is read once and remembered."""
         return [row.point for row in await self._rows(group) if row.point is not None]
 
     async def _rows(self, group: str | None) -> list[Row]:
-        self._check_open()
+        self._shared.check()
         async with self._turn:
             return await self.workers.run(self._snapshots.rows, group)
 
@@ -67,12 +67,11 @@ class ResticRepository(Repository):
             CorruptImage: its trees are damaged.
             StoreError: the repository cannot be read.
         """
-        self._check_open()
-        self._users += 1
+        self._shared.enter()
         try:
             return await self._open(point, name)
         except BaseException:
-            await self._drop()
+            await self._shared.leave()
             raise
 
     async def _open(self, point: Point, name: str) -> ResticDisk:
@@ -97,7 +96,7 @@ class ResticRepository(Repository):
             if each is not row and each.point.disk(name) is not None
         }
         return ResticDisk(
-            self.workers, self._blobs, found, name, pieces, content, others, self._drop
+            self.workers, self._blobs, found, name, pieces, content, others, self._shared.leave
         )
 
     def _look(self, tree: str, path: str) -> tuple[Pieces, str]:
@@ -129,18 +128,7 @@ class ResticRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so."""
-        if not self._closed:
-            self._closed = True
-            await self._drop()
-
-    async def _drop(self) -> None:
-        self._users -= 1
-        if not self._users:
-            await self.workers.run(self._blobs.tree.close)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
+        await self._shared.close()
 
 
 async def open_restic(

@@ -22,6 +22,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.formats.page import Kind, Segment
 from nbdsrv.formats.paged import PagedDisk
+from nbdsrv.repository.comparing import announced
 from nbdsrv.repository.repository import CHANGED_SINCE
 from nbdsrv.repository.virtnbdbackup.data_file import DataFile
 from nbdsrv.repository.virtnbdbackup.index import PLAIN, ZEROES, Index
@@ -32,7 +33,7 @@ from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
 from protocol.terms import BlockSizes
 
-__all__ = ["MAX_ANNOUNCED", "VirtnbdDisk", "bounds", "changed_between"]
+__all__ = ["VirtnbdDisk", "bounds", "changed_between"]
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,6 @@ WINDOW = 16 << 30
 """Bytes of the disk looked at in one go for allocation depths."""
 MAX_FOUND = 1 << 16
 """Extents of an answer."""
-MAX_ANNOUNCED = 256
-"""Points whose ``changed-since`` is announced, the newest first."""
 PREFERRED = 1 << 16
 
 # A key is layer, entry, unit of the frame, and how far in the unit the segment begins.
@@ -82,9 +81,7 @@ class VirtnbdDisk(PagedDisk):
         super().__init__(workers, name)
         self.size = chain[0].data.size
         self.block_sizes = BlockSizes(preferred=PREFERRED)
-        newest = list(others)[: -MAX_ANNOUNCED - 1 : -1]
-        names = (CHANGED_SINCE + each for each in newest)
-        self.contexts = (ALLOCATION, ALLOCATION_DEPTH, *names)
+        self.contexts = announced(others)
         self._chain = chain
         self._others = others
         self._indexes = indexes

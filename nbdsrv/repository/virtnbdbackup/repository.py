@@ -22,6 +22,7 @@ from nbdsrv.formats.image_file import ImageFile
 from nbdsrv.formats.raw import RawDisk
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.repository import DiskFacts, Point, Repository
+from nbdsrv.repository.shared import Shared
 from nbdsrv.repository.virtnbdbackup.chains import PointFiles, chain_of
 from nbdsrv.repository.virtnbdbackup.data_file import DataFile, open_data
 from nbdsrv.repository.virtnbdbackup.disk import VirtnbdDisk
@@ -57,8 +58,7 @@ class VirtnbdRepository(Repository):
         self.workers = workers
         self.listing = Listing(tree)
         self.files = OpenFiles(tree, workers)
-        self._users = 1
-        self._closed = False
+        self._shared = Shared(self.name, workers, tree.close)
         self._points: dict[int, tuple[Directory, Sequence[Point]]] = {}
         self._listing = threading.Lock()
         self._warned: set[str] = set()
@@ -164,8 +164,7 @@ class VirtnbdRepository(Repository):
             PointMissing: it has no such disk, or has been deleted.
             CorruptImage: a file is missing or broken, which is named.
         """
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
+        self._shared.check()
         directory, file = await self._find(point, name)
         chain = chain_of(self.tree, file, directory.makers)
         shown = f"{self.name}#{point.group}/{name}@{point.id}"
@@ -182,7 +181,7 @@ class VirtnbdRepository(Repository):
             return await self._open_image(file)
         others = await self.workers.run(self._others, directory, point.id, name, chain)
         opened: list[OpenFile] = []
-        self._users += 1
+        self._shared.enter()
         try:
             for each in chain:
                 opened.append(await self.files.acquire(each))  # noqa: PERF401 - see below
@@ -283,21 +282,14 @@ class VirtnbdRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so."""
-        if not self._closed:
-            self._closed = True
-            await self._drop()
+        await self._shared.close()
 
     async def _leave(self, opened: Sequence[OpenFile]) -> None:
         try:
             for each in opened:
                 await self.files.release(each)
         finally:
-            await self._drop()
-
-    async def _drop(self) -> None:
-        self._users -= 1
-        if not self._users:
-            await self.workers.run(self.tree.close)
+            await self._shared.leave()
 
 
 def _several(tree: Tree, directory: Directory, file: DataFile) -> str:

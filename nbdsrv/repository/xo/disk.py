@@ -25,20 +25,18 @@ from nbdsrv.formats.page import Kind, Page, Segment
 from nbdsrv.formats.paged import PagedDisk
 from nbdsrv.formats.vhd.sectors import stretches
 from nbdsrv.formats.vhd.structs import SECTOR
+from nbdsrv.repository.comparing import announced
 from nbdsrv.repository.repository import CHANGED_SINCE
 from nbdsrv.repository.xo.chain import Chain
 from nbdsrv.repository.xo.checks import BlockChecks
 from nbdsrv.repository.xo.layers import PART, BlockLayer, FileLayer, Layer
 from nbdsrv.repository.xo.watch import Watch
 from nbdsrv.store.store import ObjectMissing
-from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import ExtentList
 from protocol.terms import BlockSizes
 
-__all__ = ["MAX_ANNOUNCED", "XoDisk"]
+__all__ = ["XoDisk"]
 
-MAX_ANNOUNCED = 256
-"""Of the changed-since contexts, the newest points' are announced; all are answered for."""
 FILE_PAGE = 16
 """Blocks of a page where sector bitmaps must be read, one seek each."""
 PART_PAGE = 256
@@ -99,11 +97,7 @@ class XoDisk(PagedDisk):
         super().__init__(workers, name)
         self.size = chain.files[0].footer.size
         self.block_sizes = BlockSizes(preferred=PREFERRED)
-        self.contexts = (
-            ALLOCATION,
-            ALLOCATION_DEPTH,
-            *(CHANGED_SINCE + point for point in list(since)[:MAX_ANNOUNCED]),
-        )
+        self.contexts = announced(reversed(list(since)))
         self._chain = chain
         self._layers = layers
         self._checks = checks

@@ -5,7 +5,7 @@
     XoRepository ── points() ──> Listing ── JSON, chains ──> Point ...
          └── open_disk() ── chain ── layers ──> XoDisk          delta: VHDs
                        └── XVA ──> XvaDisk                      full
-    SharedTree  <── closed behind the repository and the last disk
+    Shared  <── closed behind the repository and the last disk
 
 No job of Xen Orchestra is waited for or disturbed: nothing is locked, nothing written, and what a
 merge is changing is refused or read around. The key of an encrypted one is the remote's setting,
@@ -23,7 +23,7 @@ from nbdsrv.export.grammar import Source
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.opening import open_tree
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.shared_tree import SharedTree
+from nbdsrv.repository.shared import Shared
 from nbdsrv.repository.xo.chain import Chain
 from nbdsrv.repository.xo.checks import load_all_checks
 from nbdsrv.repository.xo.disk import XoDisk
@@ -49,9 +49,8 @@ class XoRepository(Repository):
         self.identity = remote.identity
         self._remote = remote
         self._workers = workers
-        self._shared = SharedTree([remote.tree], workers)
+        self._shared = Shared(self.name, workers, remote.tree.close)
         self._listing = Listing(remote)
-        self._closed = False
 
     async def groups(self) -> Sequence[str]:
         """The names of the VMs that have points."""
@@ -67,7 +66,7 @@ class XoRepository(Repository):
         Raises:
             StoreError: the repository cannot be read.
         """
-        self._check_open()
+        self._shared.check()
         return await self._workers.run(self._listing.rows, group)
 
     async def open_disk(self, point: Point, name: str) -> Disk:
@@ -142,13 +141,7 @@ class XoRepository(Repository):
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one closes the tree."""
-        if not self._closed:
-            self._closed = True
-            await self._shared.leave()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RepositoryError(f"{self.name} is closed")
+        await self._shared.close()
 
 
 async def open_xo(source: Source, workers: Workers, passphrase: Callable[[], str]) -> XoRepository:
