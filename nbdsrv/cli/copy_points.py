@@ -21,7 +21,7 @@ from nbdsrv.repository.native.transfer import Transfer, Transferred
 from nbdsrv.repository.opening import NATIVE, open_vault
 from nbdsrv.repository.passphrase import passphrase_of
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.selector import LATEST, latest_with, scope_of
+from nbdsrv.repository.selector import meant, scope_of
 
 __all__ = ["chosen_points", "copy_points", "open_native", "target_passphrase"]
 
@@ -151,14 +151,7 @@ async def _copy_all(
 async def chosen_points(source: Repository, selector: str) -> tuple[Sequence[Point], str | None]:
     """The points to copy, from old to new in each group, and the only disk of them or None."""
     scope = await scope_of(source, selector)
-    points = list(scope.points)
-    if selector.endswith(f"@{LATEST}") and not scope.said:
-        groups = dict.fromkeys(point.group for point in points)
-        latest = [
-            latest_with([point for point in points if point.group == group], scope.disk)
-            for group in groups
-        ]
-        points = [point for point in latest if point is not None]
-    elif scope.said and len(points) > 1:
-        raise ConfigError(f"{source.name}#{selector}: means {len(points)} points; say which")
-    return points, scope.disk
+    if scope.said and len(scope.points) > 1:
+        text = f"{source.name}#{selector}: means {len(scope.points)} points; say which"
+        raise ConfigError(text)
+    return meant(scope, selector), scope.disk

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 import uvloop
 
-from nbdsrv.cli.damage import print_finding
+from nbdsrv.cli.damage import conclude, print_damage
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.quantities import parse_size
 from nbdsrv.cli.running import running_workers
@@ -21,12 +21,10 @@ from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.verify import LEVELS, Budget, Verified
 from nbdsrv.repository.native.verify import verify as verify_vault
 from nbdsrv.repository.opening import NATIVE, open_keyless, open_repository, open_vault
-from nbdsrv.repository.selector import LATEST, latest_with, scope_of
+from nbdsrv.repository.selector import meant, scope_of
 
 __all__ = ["verify"]
 
-DAMAGED = 3
-"""Exit code where damage was found; 1 is for what could not be verified."""
 
 Chosen = Callable[[PointRecord], Iterable[str]]
 
@@ -99,10 +97,7 @@ def verify(
         click.echo(json.dumps({"repository": repository, **asdict(done)}))
     else:
         _print(done, quiet=quiet)
-    if done.findings:
-        raise click.exceptions.Exit(DAMAGED)
-    if done.unread:
-        raise click.exceptions.Exit(1)
+    conclude(done.findings, done.unread)
 
 
 def _verified(
@@ -134,14 +129,7 @@ async def _chosen(source: Source) -> Chosen:
             scope = await scope_of(repository, source.selector)
         finally:
             await repository.close()
-    points = {(point.group, point.id) for point in scope.points}
-    if not scope.said and source.selector.endswith(f"@{LATEST}"):
-        groups = {point.group for point in scope.points}
-        newest = [
-            latest_with([point for point in scope.points if point.group == group], scope.disk)
-            for group in groups
-        ]
-        points = {(point.group, point.id) for point in newest if point is not None}
+    points = {(point.group, point.id) for point in meant(scope, source.selector)}
 
     def chosen(record: PointRecord) -> Iterable[str]:
         if (record.group, record.id) not in points:
@@ -152,10 +140,7 @@ async def _chosen(source: Source) -> Chosen:
 
 
 def _print(done: Verified, *, quiet: bool) -> None:
-    for finding in done.findings:
-        print_finding(finding)
-    for text in done.unread:
-        click.echo(f"could not be read: {text}")
+    print_damage(done.findings, done.unread)
     if quiet:
         return
     for note in done.notes:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 import uvloop
 
-from nbdsrv.cli.damage import print_finding
+from nbdsrv.cli.damage import conclude, print_damage
 from nbdsrv.cli.running import running_workers
 from nbdsrv.cli.words import counted, human
 from nbdsrv.copying.progress import progress
@@ -15,12 +15,9 @@ from nbdsrv.export.grammar import Source
 from nbdsrv.repository.damage import Check
 from nbdsrv.repository.opening import open_repository
 from nbdsrv.repository.repository import Point, Repository
-from nbdsrv.repository.selector import LATEST, latest_with, scope_of
+from nbdsrv.repository.selector import meant, scope_of
 
 __all__ = ["verify_foreign"]
-
-DAMAGED = 3
-"""Exit code where damage was found; 1 is for what could not be verified."""
 
 
 def verify_foreign(source: Source, level: str, *, as_json: bool, quiet: bool) -> None:
@@ -30,10 +27,7 @@ def verify_foreign(source: Source, level: str, *, as_json: bool, quiet: bool) ->
         click.echo(json.dumps({"repository": source.text, **asdict(done)}))
     else:
         _print(done, quiet=quiet)
-    if done.findings:
-        raise click.exceptions.Exit(DAMAGED)
-    if done.unread:
-        raise click.exceptions.Exit(1)
+    conclude(done.findings, done.unread)
 
 
 async def _verified(source: Source, level: str, *, quiet: bool) -> Check:
@@ -56,22 +50,11 @@ async def _chosen(
     if not selector:
         return None, None
     scope = await scope_of(repository, selector)
-    points: Sequence[Point] = scope.points
-    if not scope.said and selector.endswith(f"@{LATEST}"):
-        groups = dict.fromkeys(point.group for point in points)
-        newest = [
-            latest_with([point for point in points if point.group == group], scope.disk)
-            for group in groups
-        ]
-        points = [point for point in newest if point is not None]
-    return points, scope.disk
+    return meant(scope, selector), scope.disk
 
 
 def _print(done: Check, *, quiet: bool) -> None:
-    for finding in done.findings:
-        print_finding(finding)
-    for text in done.unread:
-        click.echo(f"could not be read: {text}")
+    print_damage(done.findings, done.unread)
     if quiet:
         return
     for note in done.notes:
