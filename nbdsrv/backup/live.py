@@ -46,6 +46,7 @@ from nbdsrv.backup.preview import Preview, preview
 from nbdsrv.backup.report import Report
 from nbdsrv.copying.progress import Advance
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.insist import insist
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import NbdsrvError
@@ -259,15 +260,8 @@ def _text(value: object) -> str:
 async def _finished(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Once begun it is finished: half of an advance is of no use to anybody."""
     task = asyncio.ensure_future(work())
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        except BaseException:  # noqa: BLE001 - raised again by result() below
-            break
-    if cancelled is None or task.cancelled() or task.exception() is not None:
-        task.result()
-    if cancelled is not None:
-        raise cancelled
+    try:
+        await insist(task)
+    except asyncio.CancelledError:
+        task.result()  # what has gone wrong in it counts for more
+        raise

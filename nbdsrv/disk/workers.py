@@ -27,6 +27,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
 from nbdsrv.disk.blocks import BlockCache
+from nbdsrv.disk.insist import insist
 
 __all__ = ["COMPUTERS", "Workers"]
 
@@ -115,18 +116,7 @@ class Workers:
 
         self.outstanding += 1
         crew.put((work, args, done))
-        cancelled = None
-        while not future.done():
-            try:
-                await asyncio.shield(future)
-            except asyncio.CancelledError as error:
-                cancelled = error
-            except BaseException:  # noqa: BLE001 - raised again by result() below
-                break
-        if cancelled is not None:
-            future.exception()  # seen: the caller no longer wants it
-            raise cancelled
-        return future.result()
+        return await insist(future)
 
     def complete(self) -> None:
         """Deliver what has finished. Call when ``fileno`` is readable."""

@@ -10,10 +10,10 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+from nbdsrv.disk.insist import insist
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.source.hypervisor import Hypervisor, SourceError
-from nbdsrv.source.insist import insist
 from nbdsrv.source.qemu_address import parse_qemu
 from nbdsrv.source.qemu_frozen import QemuFrozen
 from nbdsrv.source.qemu_leftovers import sweep, sweep_files

@@ -20,9 +20,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from nbdsrv.disk.insist import insist
 from nbdsrv.disk.workers import Workers
 from nbdsrv.source.hypervisor import Frozen, FrozenDisk, SourceError
-from nbdsrv.source.insist import insist
 from nbdsrv.source.qemu_address import Place, QemuAddress
 from nbdsrv.source.qemu_agent import GuestAgent
 from nbdsrv.source.qemu_checkpoints import Base, choose_bases, new_checkpoint, superseded

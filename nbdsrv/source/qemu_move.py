@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdsrv.disk.insist import insist
 from nbdsrv.source.hypervisor import SourceError
-from nbdsrv.source.insist import insist
 from nbdsrv.source.qemu_disks import VmDisk, chosen_disks, disks_of
 from nbdsrv.source.qmp import QmpClient, QmpLost, QmpRefused, making_sense
 
