@@ -17,8 +17,6 @@ lets anything be repeated; the seed is printed.
 
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +27,8 @@ import click
 
 from conformance.context import Context
 from conformance.image import MIB, file_digest
+from conformance.killing import fatal_call, run_killed
 from conformance.outcome import CheckFailedError
-from conformance.process import find_program, kill_group, tail
 from conformance.registry import Part, check, expect
 from conformance.repository import Repository, command, disk_of, rewrite
 from conformance.server import Server
@@ -119,37 +117,19 @@ class Lane:
     def _kill(self, kind: str) -> bool:
         """At a moment of its second half, or when it is about to make something durable."""
         words, timing = command(*self.words(kind)), self.timings[kind]
-        delay = HANG_S
+        delay = None
         if self.source.random() < 0.5:
-            words = [*_fatal_call(kind, self.source), *words]
+            calls = PRUNING if kind == "prune" else DURABLE
+            words = [*fatal_call(self.source, calls), *words]
         else:
             # The first half is an interpreter starting up, where nothing can be lost.
             delay = timing.seconds * self.source.uniform(0.45, 1.0)
         began = time.monotonic()
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **self.repo.variables()},
-            start_new_session=True,
-        )
-        said = b""
-        with process:
-            try:
-                _, said = process.communicate(timeout=delay)
-            except subprocess.TimeoutExpired:
-                kill_group(process)
-                if delay == HANG_S:
-                    raise CheckFailedError(f"{kind} hung for {HANG_S:g} s") from None
-        if process.returncode == -signal.SIGKILL:  # strace ends as what it has traced
+        if run_killed(kind, words, self.repo.variables(), hang_s=HANG_S, kill_s=delay):
             timing.killed += 1
             return True
-        if process.returncode != 0:
-            text = tail(said.decode(errors="replace"))
-            raise CheckFailedError(f"{kind} exited {process.returncode}: {text}")
         timing.ended += 1
-        if delay < HANG_S:
+        if delay is not None:
             timing.seconds = time.monotonic() - began
         return False
 
@@ -192,14 +172,6 @@ class Lane:
         if self.repo.stored_bytes() > allowed:
             text = f"{self.repo.stored_bytes()} bytes are stored where {allowed} would do"
             raise CheckFailedError(text)
-
-
-def _fatal_call(kind: str, source: random.Random) -> list[str]:
-    """What a command is started by, so that a thread of it is killed entering such a call."""
-    calls, most = source.choice(PRUNING if kind == "prune" else DURABLE)
-    injected = ("-e", f"inject={calls}:signal=KILL:when={source.randint(1, most)}")
-    quiet = ("-f", "-qq", "--seccomp-bpf", "-o", "/dev/null")
-    return [find_program("strace"), *quiet, "-e", f"trace={calls}", *injected, "--"]
 
 
 def _lane(context: Context, seed: int, name: str) -> Lane:

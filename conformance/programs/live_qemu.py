@@ -29,8 +29,9 @@ import click
 
 from conformance.context import Context
 from conformance.image import file_digest
+from conformance.killing import fatal_call, run_killed
 from conformance.outcome import CheckFailedError
-from conformance.process import find_program, kill_group, tail
+from conformance.process import kill_group, tail
 from conformance.registry import Part, check, expect, expect_in
 from conformance.repository import CHUNK, Repository, command
 from conformance.server import Server
@@ -272,42 +273,18 @@ class Killer:
     def kill(self) -> bool:
         """Begin a backup and kill it; False if it had ended before."""
         lane, source = self._lane, self._source
-        words, delay = command(*lane.words("--quiet")), HANG_S
+        words, delay = command(*lane.words("--quiet")), None
         if source.random() < 0.5:
-            words = [*self._fatal_call(), *words]
+            words = [*fatal_call(source, FATAL), *words]
         else:
             # The first part is an interpreter starting up, where nothing can be lost.
             delay = self.seconds * source.uniform(0.25, 1.0)
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **lane.repos[0].variables()},
-            start_new_session=True,
-        )
-        said = b""
-        with process:
-            try:
-                _, said = process.communicate(timeout=delay)
-            except subprocess.TimeoutExpired:
-                kill_group(process)
-                if delay == HANG_S:
-                    raise CheckFailedError(f"a backup hung for {HANG_S:g} s") from None
-        if process.returncode == -signal.SIGKILL:  # strace ends as what it has traced
+        variables = lane.repos[0].variables()
+        if run_killed("a backup", words, variables, hang_s=HANG_S, kill_s=delay):
             self.killed += 1
             return True
-        if process.returncode != 0:
-            text = tail(said.decode(errors="replace"))
-            raise CheckFailedError(f"a backup exited {process.returncode}: {text}")
         self.ended += 1
         return False
-
-    def _fatal_call(self) -> list[str]:
-        calls, most = self._source.choice(FATAL)
-        injected = f"inject={calls}:signal=KILL:when={self._source.randint(1, most)}"
-        quiet = ("-f", "-qq", "--seccomp-bpf", "-o", "/dev/null")
-        return [find_program("strace"), *quiet, "-e", f"trace={calls}", "-e", injected, "--"]
 
     def turn(self) -> None:
         """One kill, sometimes two in a row, and a backup that must be incremental and exact."""

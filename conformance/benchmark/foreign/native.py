@@ -6,14 +6,11 @@ A hundred backups of a sparse raw file of 1 TiB, 2 MiB of it changed between any
 import random
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from conformance import process
-from conformance.benchmark.foreign.client import Reader
-from conformance.benchmark.foreign.rows import OURS, row
-from conformance.benchmark.report import BenchmarkError
-from conformance.context import Context
+from conformance.benchmark.foreign.rows import row
+from conformance.benchmark.foreign.served import first_byte_of
 from conformance.process import PROJECT
 from conformance.server import server_environment
 
@@ -22,22 +19,12 @@ __all__ = ["first_byte"]
 SIZE = 1 << 40
 POINTS = 100
 CHANGED = 2 << 20
-READ = 4096
 
 
 @row("native: first byte, 1 TiB sparse, 100 points", "ms", bar=300)
 def first_byte(cache: str) -> dict[str, float]:
     """A new server, and one read by a new client."""
-    root = _repository(Path(cache))
-    with Context() as context:
-        server = context.serve(source=f"repo:{root}")
-        start = time.perf_counter()
-        with Reader(server.socket, "vm/disk@latest") as reader:
-            data = reader.read(0, READ)
-            took = time.perf_counter() - start
-    if not any(data):
-        raise BenchmarkError("the first block reads as zeroes")
-    return {OURS: took * 1000}
+    return first_byte_of(f"repo:{_repository(Path(cache))}", "vm/disk@latest")
 
 
 def _repository(cache: Path) -> Path:
