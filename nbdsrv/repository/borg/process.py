@@ -85,6 +85,8 @@ class _Worker:
             if not isinstance(header, dict):
                 raise _DiedError("an answer that is none")
             return header, self._receive(stdout.fileno(), body, deadline)
+        except BrokenPipeError as error:  # before it had read what it was asked
+            raise _DiedError("it ended") from error
         except (OSError, ValueError, RecursionError) as error:
             raise _DiedError(str(error)) from error
 
