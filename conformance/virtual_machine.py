@@ -28,7 +28,7 @@ from conformance.image import KIB, MIB
 from conformance.outcome import CheckFailedError
 from conformance.process import find_program, kill_group, tail
 
-__all__ = ["DISKS", "VM", "Guest", "Replay", "Write", "touched"]
+__all__ = ["DISKS", "VM", "Guest", "Monitor", "Replay", "Write", "touched"]
 
 VM = "web one"
 DISKS = {"vda": 12 * MIB, "vdb": 5 * MIB + 512}
@@ -71,7 +71,7 @@ class Guest:
         ours = context.directory / "guest.sock"
         self._process = self._launched(context, ours)
         context.at_end(self._end)
-        self._monitor = _Monitor(self._connected(ours))
+        self._monitor = Monitor(self._connected(ours))
 
     def _launched(self, context: Context, ours: Path) -> "subprocess.Popen[bytes]":
         words = [find_program("qemu-system-x86_64"), "-accel", "tcg", "-machine", "q35", "-S"]
@@ -188,7 +188,7 @@ class Guest:
         kill_group(self._process)
 
 
-class _Monitor:
+class Monitor:
     """QMP, one command after the other. Thread-safe."""
 
     def __init__(self, stream: socket.socket) -> None:

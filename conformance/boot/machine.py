@@ -8,20 +8,20 @@
 Nothing is handed to the machine but the disk: boot loader, kernel and all come from there.
 """
 
-import json
 import queue
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from conformance.boot.disk import SERVICES
 from conformance.context import Context
 from conformance.outcome import CheckFailedError
 from conformance.process import find_program, kill_group, tail
+from conformance.virtual_machine import Monitor
 
 __all__ = ["BootedMachine", "drive_of"]
 
@@ -109,12 +109,9 @@ class BootedMachine:
     def _ask_until_read(self) -> int:
         deadline = time.monotonic() + BOOT_S
         try:
-            with self._connected(deadline) as stream, stream.makefile("rb") as lines:
-                stream.settimeout(COMMAND_S)
-                lines.readline()
-                self._ask(stream, lines, "qmp_capabilities")
+            with self._connected(deadline) as stream, closing(Monitor(stream)) as monitor:
                 while time.monotonic() < deadline:
-                    rows = self._ask(stream, lines, "query-blockstats")
+                    rows = monitor.ask("query-blockstats")
                     if count := max((row["stats"]["rd_operations"] for row in rows), default=0):
                         return int(count)
                     time.sleep(0.002)
@@ -133,20 +130,6 @@ class BootedMachine:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise CheckFailedError(f"QEMU does not start: {self._tail()}") from None
                 time.sleep(0.005)
-
-    @staticmethod
-    def _ask(
-        stream: socket.socket, lines: Any, command: str, arguments: Mapping[str, Any] | None = None
-    ) -> Any:
-        message = {"execute": command, "arguments": dict(arguments or {})}
-        stream.sendall(json.dumps(message).encode() + b"\n")
-        while line := lines.readline():
-            answer = json.loads(line)
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise CheckFailedError(f"QEMU refuses {command}: {answer['error']}")
-        raise CheckFailedError("QEMU is gone")
 
     def await_boot(self) -> float:
         """Return when init is up: seconds since QEMU was started.

@@ -104,6 +104,12 @@ def _killed_and_booted(context: Context, point: RestorePoint, export: str) -> No
     served.stop()
 
 
+def _writing(times: int) -> str:
+    """What a guest is busy with: 256 KiB, made durable, so many times."""
+    once = "dd if=/dev/urandom of=/root/load bs=4k count=64 2>/dev/null; sync"
+    return f"for n in $(seq {times}); do {once}; done"
+
+
 @check("boot", "commit while it writes", needs=NEEDS, part=Part.BOOT)
 def committed(context: Context) -> None:
     """`overlay commit` under a guest that writes: the new point boots, with what was synced."""
@@ -112,8 +118,7 @@ def committed(context: Context) -> None:
     machine = point.boot(served)
     witness = Witness()
     witness.write(machine)
-    writing = "for n in $(seq 60); do dd if=/dev/urandom of=/root/load bs=4k count=64 2>/dev/null;"
-    writing += " sync; done"
+    writing = _writing(60)
     machine.begin(writing)
     words = (served.overlay(EXPORT), "--to", point.target, "--json", "--quiet")
     (row,) = json.loads(point.run("overlay", "commit", *words).stdout)
@@ -136,8 +141,7 @@ def migrated(context: Context) -> None:
     machine = point.boot(served)
     witness = Witness()
     witness.write(machine)
-    writing = "for n in $(seq 40); do dd if=/dev/urandom of=/root/load bs=4k count=64 2>/dev/null;"
-    writing += " sync; done"
+    writing = _writing(40)
     machine.begin(writing)
     target = context.directory / "web.qcow2"
     words = (f"qemu:{machine.monitor}#vda", target, "--json", "--quiet")

@@ -1,6 +1,7 @@
 """From a SOURCE that names a repository to the open repository."""
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, UnsupportedImage
@@ -11,7 +12,7 @@ from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.passphrase import passphrase_of
 from nbdsrv.repository.repository import Repository
 from nbdsrv.store.directory_tree import DirectoryTree
-from nbdsrv.store.opening import bucket_of, open_store
+from nbdsrv.store.opening import bucket_of, needing_obstore, open_store
 from nbdsrv.store.tree import Tree
 
 __all__ = [
@@ -103,10 +104,9 @@ async def open_repository(
 
         vault = await workers.look_up(open_vault, source, passphrase)
         return NativeRepository(vault, workers)
-    opener = _OPENERS.get(source.scheme)
-    if opener is None:
+    if source.scheme not in OTHERS:
         raise UnsupportedImage(f"{source.text}: repositories of this kind are not served yet")
-    return await opener(source, workers, passphrase)
+    return await _opener(OTHERS[source.scheme])(source, workers, passphrase)
 
 
 def _telling(source: Source, passphrase: Callable[[], str]) -> Callable[[], str]:
@@ -131,68 +131,28 @@ def open_tree(source: Source) -> Tree:
     if not source.scheme.endswith(S3):
         return DirectoryTree(source.location)
     bucket, prefix = bucket_of(source.scheme, source.location)
-    try:
+    with needing_obstore(source.text):
         from nbdsrv.store.s3_tree import S3Tree
-    except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] != "obstore":
-            raise
-        text = f"{source.text}: S3 needs obstore; pip install 'nbdsrv[s3]'"
-        raise ConfigError(text) from error
     return S3Tree(bucket, prefix)
 
 
-Passphrase = Callable[[], str]
+Opener = Callable[[Source, Workers, Callable[[], str]], Awaitable[Repository]]
 
-
-async def _open_xo(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.xo.repository import open_xo
-
-    return await open_xo(source, workers, passphrase)
-
-
-async def _open_pbs(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.pbs.repository import open_pbs
-
-    return await open_pbs(source, workers, passphrase)
-
-
-async def _open_virtnbd(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.virtnbdbackup.repository import open_virtnbdbackup
-
-    return await open_virtnbdbackup(source, workers, passphrase)
-
-
-async def _open_casync(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.casync.repository import open_casync
-
-    return await open_casync(source, workers, passphrase)
-
-
-async def _open_benji(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.benji.repository import open_benji
-
-    return await open_benji(source, workers, passphrase)
-
-
-async def _open_restic(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.restic.repository import open_restic
-
-    return await open_restic(source, workers, passphrase)
-
-
-async def _open_borg(source: Source, workers: Workers, passphrase: Passphrase) -> Repository:
-    from nbdsrv.repository.borg.repository import open_borg
-
-    return await open_borg(source, workers, passphrase)
-
-
-_OPENERS: dict[str, Callable[[Source, Workers, Passphrase], Awaitable[Repository]]] = {
-    "xo": _open_xo,
-    "xo+s3": _open_xo,
-    "pbs": _open_pbs,
-    "virtnbdbackup": _open_virtnbd,
-    "casync": _open_casync,
-    "benji": _open_benji,
-    "restic": _open_restic,
-    "borg": _open_borg,
+OTHERS = {
+    "xo": "xo",
+    "xo+s3": "xo",
+    "pbs": "pbs",
+    "virtnbdbackup": "virtnbdbackup",
+    "casync": "casync",
+    "benji": "benji",
+    "restic": "restic",
+    "borg": "borg",
 }
+"""Schemes of other tools' repositories; ``open_KIND`` of the package ``KIND`` opens them."""
+
+
+def _opener(kind: str) -> Opener:
+    """Imported when it is needed: each has libraries of its own."""
+    module = import_module(f"nbdsrv.repository.{kind}.repository")
+    opener: Opener = getattr(module, f"open_{kind}")
+    return opener

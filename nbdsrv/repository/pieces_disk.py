@@ -65,6 +65,7 @@ class PiecesDisk(PagedDisk):
         point: Point,
         path: str,
         pieces: Pieces,
+        content: str,
         others: Mapping[str, Callable[[], Pieces]],
         release: Callable[[], Awaitable[None]],
     ) -> None:
@@ -76,6 +77,7 @@ class PiecesDisk(PagedDisk):
             point: whose it is.
             path: of the file: the disk's name.
             pieces: of the file.
+            content: what the file begins like: ``content_of``.
             others: point to the pieces of its file of that name, blocking; from old to new.
             release: called once, when the disk is closed.
         """
@@ -87,9 +89,33 @@ class PiecesDisk(PagedDisk):
         self.point = point
         self.path = path
         self.pieces = pieces
+        self._content = content
         self._others = others
         self._compared: OrderedDict[str, Pieces] = OrderedDict()
         self._release = release
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """The point and the file."""
+        point = self.point
+        facts: dict[str, object] = {
+            "group": point.group,
+            "disk": self.path,
+            "point": point.id,
+            "created": point.stamp,
+            **self._own_facts(),
+            "content": self._content,
+        }
+        if self._content not in {"raw", "unknown"}:
+            facts["note"] = f"the bytes of the {self._content} file are served, not its disk"
+        begin, end = self.pieces.gap
+        if end > begin:
+            facts["lost_bytes"] = end - begin
+        return facts
+
+    @abstractmethod
+    def _own_facts(self) -> Mapping[str, object]:
+        """What only this tool says of a point and a file."""
 
     # --- a tool's part, in threads -------------------------------------------------------------
 

@@ -1,13 +1,15 @@
 """From ``repo:/path`` or ``repo+s3://bucket/prefix`` to a store."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nbdsrv.errors import ConfigError
 from nbdsrv.store.directory import DirectoryStore
 from nbdsrv.store.keys import is_key
 from nbdsrv.store.store import Store
 
-__all__ = ["bucket_of", "open_store"]
+__all__ = ["bucket_of", "needing_obstore", "open_store"]
 
 MAX_PREFIX = 300
 """Bytes of a prefix: with the longest key it still fits what S3 takes."""
@@ -38,6 +40,24 @@ def _open_directory(path: str) -> Store:
     return DirectoryStore(path)
 
 
+@contextmanager
+def needing_obstore(text: str) -> Iterator[None]:
+    """Around an import that needs it: whoever lacks it is told what to install.
+
+    Args:
+        text: what the user asked for.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != "obstore":
+            raise
+        raise ConfigError(f"{text}: S3 needs obstore; pip install 'nbdsrv[s3]'") from error
+
+
 def bucket_of(scheme: str, location: str) -> tuple[str, str]:
     """Bucket and prefix of ``//bucket/prefix``.
 
@@ -59,10 +79,6 @@ def bucket_of(scheme: str, location: str) -> tuple[str, str]:
 def _open_bucket(location: str) -> Store:
     text = f"repo+s3:{location}"
     bucket, prefix = bucket_of("repo+s3", location)
-    try:
+    with needing_obstore(text):
         from nbdsrv.store.s3 import S3Store
-    except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] != "obstore":
-            raise
-        raise ConfigError(f"{text}: S3 needs obstore; pip install 'nbdsrv[s3]'") from error
     return S3Store(bucket, prefix)

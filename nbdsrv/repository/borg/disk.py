@@ -77,30 +77,19 @@ class BorgDisk(PiecesDisk):
         release: Callable[[], Awaitable[None]],
     ) -> None:
         """Use ``BorgRepository.open_disk``."""
-        super().__init__(workers, borg.name, point, path, pieces, others, release)
+        super().__init__(workers, borg.name, point, path, pieces, content, others, release)
         self._borg = borg
         self._zeroes = zeroes
-        self._content = content
 
-    @property
-    def facts(self) -> Mapping[str, object]:
-        """The archive and the file."""
-        point = self.point
-        facts = {
-            "group": point.group,
-            "disk": self.path,
-            "point": point.id,
-            "archive": point.facts.get("archive"),
-            "created": point.stamp,
-            "comment": point.facts.get("comment"),
+    def _own_facts(self) -> Mapping[str, object]:
+        facts = self.point.facts
+        return {
+            "archive": facts.get("archive"),
+            "comment": facts.get("comment"),
             "chunks": len(self.pieces),
-            "encryption": point.facts.get("encryption"),
-            "content": self._content,
+            "encryption": facts.get("encryption"),
             "borg": self._borg.facts.get("borg"),
         }
-        if self._content not in {"raw", "unknown"}:
-            facts["note"] = f"the bytes of the {self._content} file are served, not its disk"
-        return facts
 
     def _piece(self, id_: bytes) -> bytes:
         return chunk_of(self._borg, id_)

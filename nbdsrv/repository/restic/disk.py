@@ -61,31 +61,17 @@ class ResticDisk(PiecesDisk):
         others: Mapping[str, Callable[[], Pieces]],
         release: Callable[[], Awaitable[None]],
     ) -> None:
-        """Use ``ResticRepository.open_disk``; ``content`` is what the file begins like."""
-        super().__init__(workers, blobs.tree.name, point, path, pieces, others, release)
+        """Use ``ResticRepository.open_disk``."""
+        super().__init__(workers, blobs.tree.name, point, path, pieces, content, others, release)
         self._blobs = blobs
-        self._content = content
 
-    @property
-    def facts(self) -> Mapping[str, object]:
-        """The snapshot and the file."""
-        point = self.point
-        facts = {
-            "group": point.group,
-            "disk": self.path,
-            "point": point.id,
-            "snapshot": point.facts.get("snapshot"),
-            "created": point.stamp,
-            "tags": point.facts.get("tags"),
+    def _own_facts(self) -> Mapping[str, object]:
+        facts = self.point.facts
+        return {
+            "snapshot": facts.get("snapshot"),
+            "tags": facts.get("tags"),
             "blobs": len(self.pieces),
-            "content": self._content,
         }
-        if self._content not in {"raw", "unknown"}:
-            facts["note"] = f"the bytes of the {self._content} file are served, not its disk"
-        begin, end = self.pieces.gap
-        if end > begin:
-            facts["lost_bytes"] = end - begin
-        return facts
 
     def _piece(self, id_: bytes) -> bytes:
         return self._blobs.blob(id_)
