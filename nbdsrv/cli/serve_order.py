@@ -14,15 +14,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from nbdsrv.cli.quantities import parse_rate
 from nbdsrv.cli.serving import Serving
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, parse_source
-from nbdsrv.ops.config import ConfigFile, load_config
 from nbdsrv.ops.offers import Offer
 from nbdsrv.ops.runtime import ADMIN_SOCKET
 from nbdsrv.ops.settings import ExportTable, Settings
+
+if TYPE_CHECKING:
+    from nbdsrv.ops.config import ConfigFile
 
 __all__ = ["Order", "Wanted", "understand"]
 
@@ -90,6 +93,8 @@ def understand(order: Order) -> Wanted:
             order.log_format,
             order.verbose,
         )
+    from nbdsrv.ops.config import load_config
+
     config = load_config(order.config)
     settings = config.settings
     cache = order.cache if "cache" in order.given else settings.limits.cache
@@ -129,7 +134,7 @@ def _serving(order: Order, settings: Settings) -> Serving:
     return dataclasses.replace(order.serving, **changes)  # type: ignore[arg-type]
 
 
-def _from_file(config: ConfigFile) -> list[Offer]:
+def _from_file(config: "ConfigFile") -> list[Offer]:
     offers = []
     for n, export in enumerate(config.settings.export):
         access = config.access(export)

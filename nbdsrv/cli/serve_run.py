@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
 from nbdsrv.cli.running import delivering
 from nbdsrv.cli.serve_order import Order, Wanted, understand
@@ -38,12 +39,14 @@ from nbdsrv.ops.admin import Admin, Question
 from nbdsrv.ops.audit import Audit
 from nbdsrv.ops.doors import Doors
 from nbdsrv.ops.logs import AUDIT, set_up
-from nbdsrv.ops.metrics import MetricsEndpoint
 from nbdsrv.ops.notify import notify
 from nbdsrv.ops.offers import Offers, Plan
 from nbdsrv.ops.rates import Rates
 from nbdsrv.ops.status import Overview, Reloads
 from nbdsrv.ops.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from nbdsrv.ops.metrics import MetricsEndpoint
 
 __all__ = ["check", "serve_until_told"]
 
@@ -229,7 +232,9 @@ class _Service:
         await admin.open()
         return admin
 
-    def _opened_metrics(self, where: str) -> MetricsEndpoint:
+    def _opened_metrics(self, where: str) -> "MetricsEndpoint":
+        from nbdsrv.ops.metrics import MetricsEndpoint
+
         return MetricsEndpoint(where, self._overview)
 
     async def _tell_status(self, _question: Question) -> object:
@@ -339,7 +344,7 @@ class _Service:
             "leaving": leaving,
         }
 
-    async def _swap_windows(self, admin: Admin | None, metrics: MetricsEndpoint | None) -> None:
+    async def _swap_windows(self, admin: Admin | None, metrics: "MetricsEndpoint | None") -> None:
         """The old ones are where they were no more: the next reload may want to be there."""
         old_admin, old_metrics = self._admin, self._metrics
         self._admin, self._metrics = admin, metrics

@@ -6,8 +6,6 @@ import ssl
 import struct
 from dataclasses import replace
 
-from cryptography import x509
-
 from nbdsrv.export.access import Peer, subject_of
 
 __all__ = ["identified", "peer_of"]
@@ -40,6 +38,8 @@ def identified(peer: Peer, sock: ssl.SSLSocket) -> Peer:
     encoded = sock.getpeercert(binary_form=True)
     if encoded is None:
         return peer
+    from cryptography import x509  # loaded by now: ``server_context`` has seen to it
+
     try:
         name = x509.load_der_x509_certificate(encoded).subject
         return replace(peer, subject=name.rfc4514_string(), names=subject_of(name))

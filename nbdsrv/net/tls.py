@@ -33,6 +33,10 @@ def server_context(cert: str, key: str, ca: str | None = None) -> ssl.SSLContext
     except _EncryptedKey as error:
         raise ConfigError(f"TLS key {key} is encrypted; give one that is not") from error
     if ca is not None:
+        # Who comes is told by his certificate (``net.peer``); loading that takes longer than a
+        # handshake, so not on the loop when the first client comes.
+        import cryptography.x509  # noqa: F401
+
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(ca)
