@@ -66,7 +66,6 @@ class PagedDisk(Disk):
         self.blocks = Blocks(workers.cache, self._decode, self._is_at_hand)
         self._pages: OrderedDict[int, Page] = OrderedDict()
         self._segments = 0
-        self._generation = 0
         self._next_page = 0
         self._loading = asyncio.Lock()
         self._closed = False
@@ -236,16 +235,14 @@ class PagedDisk(Disk):
             goes_on = numbers.start == self._next_page
             upto = numbers.stop + (AHEAD if goes_on else 0)
             ahead = [n for n in range(numbers.stop, upto) if n not in self._pages]
-            generation = self._generation
             pages = await self.workers.look_up(self._read_pages, missing, ahead)
             self._next_page = max(number for number, _ in pages) + 1
-            if generation == self._generation:
-                for number, page in pages:
-                    self._keep(number, page)
-                for number in numbers:
-                    if number in self._pages:
-                        self._pages.move_to_end(number)  # what is wanted now goes last
-                self._evict()
+            for number, page in pages:
+                self._keep(number, page)
+            for number in numbers:
+                if number in self._pages:
+                    self._pages.move_to_end(number)  # what is wanted now goes last
+            self._evict()
 
     def _read_pages(
         self, wanted: Sequence[int], ahead: Sequence[int]
@@ -285,16 +282,6 @@ class PagedDisk(Disk):
         while self._segments > MAX_SEGMENTS and len(pages) > 1:
             _, oldest = pages.popitem(last=False)
             self._segments -= len(oldest)
-
-    def _forget_pages(self, offset: int, length: int) -> None:
-        """The table has changed there: what was read of it before is void. On the loop."""
-        span = self.page_span
-        self._generation += 1
-        self.epoch += 1
-        for number in range(offset // span, (offset + length - 1) // span + 1):
-            page = self._pages.pop(number, None)
-            if page is not None:
-                self._segments -= len(page)
 
     # --- block status --------------------------------------------------------------------------
 

@@ -39,8 +39,6 @@ __all__ = [
     "OPEN",
     "OVERHEAD",
     "Sealing",
-    "encryption_file",
-    "key_check_file",
     "read_sealing",
 ]
 
@@ -143,16 +141,6 @@ class Sealing:
             return beginning
         # As of a file that goes on: what is its tag is not known.
         return self.stream(len(beginning) + OVERHEAD, "").update(beginning)
-
-
-def encryption_file(algorithm: str) -> bytes:
-    """The content of ``encryption.json``."""
-    return msgspec.json.encode({"algorithm": algorithm})
-
-
-def key_check_file(sealing: Sealing) -> bytes:
-    """The content of ``metadata.json`` for a new repository."""
-    return sealing.seal(msgspec.json.encode({"random": str(uuid.uuid4())}))
 
 
 def read_sealing(tree: Tree, passphrase: Callable[[], str]) -> Sealing:

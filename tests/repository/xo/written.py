@@ -1,12 +1,14 @@
 """Backups into Xen Orchestra repositories for the tests: a clock, a repository, a guest."""
 
+import json
+import uuid
 from pathlib import Path
 
 from nbdsrv.backup.engine import Order
 from nbdsrv.export.grammar import parse_source
 from nbdsrv.repository.destination import Storage
 from nbdsrv.repository.xo.layout import ENCRYPTION, METADATA
-from nbdsrv.repository.xo.sealing import OPEN, Sealing, encryption_file, key_check_file
+from nbdsrv.repository.xo.sealing import OPEN, Sealing
 from nbdsrv.repository.xo.writer_destination import XoDestination, open_xo_destination
 
 __all__ = ["KEY", "MIB", "changes_since", "files", "latest", "make_remote", "opened"]
@@ -19,8 +21,8 @@ def make_remote(root: Path, algorithm: str = OPEN) -> Path:
     """An empty remote, as Xen Orchestra makes it."""
     root.mkdir(exist_ok=True)
     sealing = Sealing.none() if algorithm == OPEN else Sealing.with_key(algorithm, KEY, "test")
-    (root / ENCRYPTION).write_bytes(encryption_file(algorithm))
-    (root / METADATA).write_bytes(key_check_file(sealing))
+    (root / ENCRYPTION).write_bytes(json.dumps({"algorithm": algorithm}).encode())
+    (root / METADATA).write_bytes(sealing.seal(json.dumps({"random": str(uuid.uuid4())}).encode()))
     return root
 
 
