@@ -1,5 +1,6 @@
 """Running the rows, round by round."""
 
+import os
 from collections.abc import Callable
 
 from conformance.benchmark.foreign.rows import all_rows
@@ -13,6 +14,7 @@ def run_foreign(
     cache: str, report: Report, progress: Callable[[str], None], *, rounds: int
 ) -> None:
     """Measure every row ``rounds`` times; one that cannot be is a failure of the report."""
+    os.makedirs(cache, exist_ok=True)
     failed: set[str] = set()
     for number in range(rounds):
         for each in all_rows():
