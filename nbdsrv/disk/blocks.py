@@ -16,7 +16,6 @@ Eviction is CLOCK: a hit only sets a flag, so that ``peek`` needs no lock and ne
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
@@ -32,6 +31,37 @@ class _Entry:
         self.key = key
         self.data = data
         self.used = False
+
+
+class _Flight:
+    """A block that is being decoded. A concurrent.futures.Future makes a lock and a condition for
+    those who wait, and hardly ever does anybody.
+    """
+
+    __slots__ = ("_data", "_error", "_landed")
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._error: BaseException | None = None
+        self._landed: threading.Event | None = None
+
+    def await_with(self) -> threading.Event:
+        """What to wait for. Call with the cache's lock, while the block is being decoded."""
+        if self._landed is None:
+            self._landed = threading.Event()
+        return self._landed
+
+    def land(self, data: bytes, error: BaseException | None = None) -> None:
+        """It has been decoded, or cannot be. Call when nobody can find it any more."""
+        self._data, self._error = data, error
+        if self._landed is not None:
+            self._landed.set()
+
+    def result(self) -> bytes:
+        """The block, after the wait; raises what decoding it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._data
 
 
 class BlockCache:
@@ -101,7 +131,7 @@ class Blocks:
         self._cache = cache
         self._decode = decode
         self._at_hand = at_hand
-        self._decoding: dict[int, Future[bytes]] = {}
+        self._decoding: dict[int, _Flight] = {}
         self.held: dict[int, _Entry] = {}
 
     def peek(self, key: int) -> bytes | None:
@@ -144,30 +174,33 @@ class Blocks:
             return found
         with self._cache.lock:
             flight = self._decoding.get(key)
-            mine = flight is None
+            landed = flight.await_with() if flight is not None else None
             if flight is None:
-                flight = self._decoding[key] = Future()
+                flight = self._decoding[key] = _Flight()
                 self._cache.misses += 1
-        if not mine:
+        if landed is not None:
+            landed.wait()
             return flight.result()
         try:
             data = self._decode(key)
         except BaseException as error:
-            with self._cache.lock:
-                self._decoding.pop(key, None)
-            flight.set_exception(error)
+            self._withdraw(key, flight)
+            flight.land(b"", error)
             raise
         with self._cache.lock:
             # Forgotten meanwhile: what was decoded is what the block was, not what it is.
-            if (
-                self._decoding.pop(key, None) is flight
-                and wanted < len(data)
-                and key not in self.held
-            ):
-                entry = self.held[key] = _Entry(self, key, data)
-                self._cache.keep(entry)
-        flight.set_result(data)
+            if self._decoding.get(key) is flight:
+                del self._decoding[key]
+                if wanted < len(data) and key not in self.held:
+                    entry = self.held[key] = _Entry(self, key, data)
+                    self._cache.keep(entry)
+        flight.land(data)
         return data
+
+    def _withdraw(self, key: int, flight: _Flight) -> None:
+        with self._cache.lock:
+            if self._decoding.get(key) is flight:
+                del self._decoding[key]
 
     def forget(self, key: int) -> None:
         """The block has changed or is gone."""

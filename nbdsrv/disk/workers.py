@@ -3,7 +3,7 @@
 ::
 
     event loop                         threads
-    submit(work, done) --- queue --->  work()
+    submit(work, done) --- queue --->  work()        (``crew``)
     complete(): done() <-- deque ----  result        (an eventfd wakes the loop)
 
 Rule: ``done`` always runs on the event loop's thread, so that everything about a connection stays
@@ -19,14 +19,11 @@ write has not that much time.
 import asyncio
 import logging
 import os
-import threading
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
 from nbdsrv.disk.blocks import BlockCache
+from nbdsrv.disk.crew import Crew, Done, Results
 from nbdsrv.disk.insist import insist
 
 __all__ = ["COMPUTERS", "Workers"]
@@ -35,8 +32,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-Done = Callable[[Any, BaseException | None], None]
-Job = tuple[Callable[..., Any], tuple[Any, ...], Done]
 
 DEFAULT_THREADS = 32
 """Blocking jobs at a time: what two clients at full depth keep busy; more queue up."""
@@ -62,12 +57,11 @@ class Workers:
 
     def __init__(self, threads: int = DEFAULT_THREADS, cache: BlockCache | None = None) -> None:
         self.cache = cache or BlockCache()
-        self._finished: deque[Finished] = deque()
-        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._crew = _Crew("nbdsrv-work", threads, self._finished, self._eventfd)
         self.outstanding = 0
-        self._scouts = _Crew("nbdsrv-look", LOOK_UP_THREADS, self._finished, self._eventfd)
-        self._computers = _Crew("nbdsrv-cpu", COMPUTERS, self._finished, self._eventfd)
+        self._results = Results()
+        self._crew = Crew("nbdsrv-work", threads, self._results)
+        self._scouts = Crew("nbdsrv-look", LOOK_UP_THREADS, self._results)
+        self._computers = Crew("nbdsrv-cpu", COMPUTERS, self._results)
 
     def muster(self) -> None:
         """Start most threads now: a burst of cold reads would wait for them, a tenth of a
@@ -77,7 +71,7 @@ class Workers:
 
     def fileno(self) -> int:
         """Readable when ``complete`` has something to do."""
-        return self._eventfd
+        return self._results.eventfd
 
     def submit(self, work: Callable[[*Ts], object], *args: *Ts, done: Done) -> None:
         """Have a thread call ``work(*args)``, then the loop ``done(result, error)``."""
@@ -101,7 +95,7 @@ class Workers:
         """The same for short work that others wait for."""
         return await self._run(self._scouts, work, args)
 
-    async def _run(self, crew: "_Crew", work: Callable[..., T], args: tuple[Any, ...]) -> T:
+    async def _run(self, crew: Crew, work: Callable[..., T], args: tuple[Any, ...]) -> T:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def done(result: T, error: BaseException | None) -> None:
@@ -120,11 +114,10 @@ class Workers:
 
     def complete(self) -> None:
         """Deliver what has finished. Call when ``fileno`` is readable."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._eventfd)
-        finished = self._finished
-        while finished:
-            crew, done, result, error = finished.popleft()
+        results = self._results
+        results.begin()
+        while (finished := results.take()) is not None:
+            crew, done, result, error = finished
             crew.outstanding -= 1
             self.outstanding -= 1
             try:
@@ -137,62 +130,4 @@ class Workers:
         self._crew.close()
         self._scouts.close()
         self._computers.close()
-        os.close(self._eventfd)
-
-
-class _Crew:
-    """Threads that share a queue, started one by one as there is more to do."""
-
-    def __init__(
-        self,
-        name: str,
-        limit: int,
-        finished: "deque[Finished]",
-        eventfd: int,
-    ) -> None:
-        self._name = name
-        self._limit = limit
-        self._finished = finished
-        self._eventfd = eventfd
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self.outstanding = 0
-
-    def put(self, job: Job) -> None:
-        self.outstanding += 1
-        if self.outstanding > len(self._threads) < self._limit:
-            self._enlist()
-        self._jobs.put(job)
-
-    def muster(self, count: int) -> None:
-        while len(self._threads) < min(count, self._limit):
-            self._enlist()
-
-    def _enlist(self) -> None:
-        name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def close(self) -> None:
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-
-    def _work(self) -> None:
-        get, finished, eventfd = self._jobs.get, self._finished, self._eventfd
-        while (job := get()) is not None:
-            work, args, done = job
-            result, error = None, None
-            try:
-                result = work(*args)
-            except BaseException as caught:  # noqa: BLE001 - handed to the loop
-                error = caught
-            finished.append((self, done, result, error))
-            del job, work, args, done, result, error  # an idle thread keeps no buffer alive
-            os.eventfd_write(eventfd, 1)
-
-
-Finished = tuple[_Crew, Done, Any, BaseException | None]
+        self._results.close()

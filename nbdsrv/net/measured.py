@@ -4,6 +4,7 @@
 
     _answer_reads    _quick_received   the commonest turn: one addition in all
     AfarReads        begun             reads that another server answers
+    Reads            begun             reads among the quick frames that threads answer
     everything else  _received  _quick_frames  _reads_begun ...
 
 Rule: ints, added to where a batch ends. Nothing here is locked: it belongs to the loop, and what a
@@ -15,6 +16,7 @@ from time import perf_counter
 from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.measures import Measures, Tally
 from nbdsrv.net.payload import Payloads
+from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.writes import Writes
 
@@ -29,6 +31,7 @@ class Measured:
     _writes: Writes
     _payloads: Payloads
     _afar: AfarReads
+    _reads: Reads
 
     def __init__(self, measures: Measures, frame: int) -> None:
         """``frame`` is the bytes of a request header."""
@@ -44,11 +47,12 @@ class Measured:
         """What has been moved so far. A write that a thread is storing right now may be missing."""
         writes, sender, payloads = self._writes, self._sender, self._payloads
         begun = self._afar.begun // self._frame_size
-        quick = (self._quick_received + self._quick_frames) // self._frame_size
+        taken = (self._quick_received + self._quick_frames) // self._frame_size
+        quick = taken - self._reads.begun
         return Tally(
             received=self._received + self._quick_received + writes.received + payloads.received,
             sent=sender.sent + sender.out.sent + writes.sent,
-            reads=quick + begun + self._reads_begun,
+            reads=taken + begun + self._reads_begun,
             quick=quick,
             writes=writes.stored + payloads.slow_writes + self._empty_writes,
             others=self._others,
@@ -68,9 +72,9 @@ class Measured:
 
     def _timed_turn(self) -> None:
         self._timed = False
-        before, began = self._quick_frames, perf_counter()
+        before, begun, began = self._quick_frames, self._reads.begun, perf_counter()
         self._turn()
-        served = (self._quick_frames - before) // self._frame_size
+        served = (self._quick_frames - before) // self._frame_size - (self._reads.begun - begun)
         if served:
             self._measures.quick.add(perf_counter() - began, served)
 

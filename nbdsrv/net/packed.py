@@ -135,11 +135,12 @@ class PackedReads:
 
 def _at_hand(runs: Sequence[Run]) -> bool:
     """Blocks, of which the first and the last need no disk: then those between hardly do."""
-    if not _are_blocks(runs):
+    first, last = runs[0], runs[-1]
+    if not isinstance(first, BlockRun) or not first.blocks.at_hand(first.key):
         return False
-    return all(
-        isinstance(run, BlockRun) and run.blocks.at_hand(run.key) for run in (runs[0], runs[-1])
-    )
+    if last is first:  # the usual small read; to ask costs several microseconds
+        return True
+    return isinstance(last, BlockRun) and last.blocks.at_hand(last.key) and _are_blocks(runs)
 
 
 def _are_blocks(runs: Sequence[Run]) -> bool:

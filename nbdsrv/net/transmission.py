@@ -22,11 +22,11 @@ Rules:
 import asyncio
 import logging
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import make_resident
-from nbdsrv.disk.runs import RemoteRun
+from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.measured import Measured
@@ -121,7 +121,9 @@ class Transmission(Measured):
         )
         self._remote = disk.remote
         self._sender = Sender(reactor, channel, self._warm)
-        self._reads = Reads(disk, reactor, self._sender, self._encoder, dialect, channel.secure)
+        self._reads = Reads(
+            *(disk, reactor, self._sender, self._encoder, dialect, channel.secure), self._unpack
+        )
         self._writes = Writes(
             disk, reactor, channel, self._encoder, dialect, self._streak_ended, measures
         )
@@ -313,7 +315,8 @@ class Transmission(Measured):
             at = self._reads.serve(rx, 0, limit)
             self._quick_received += at
         if at == end:
-            return self._sender.push() and not self._channel.pending()
+            full = self._slow.in_flight and self._slow.full()
+            return self._sender.push() and not (full or self._channel.pending())
         self._received += end - at
         if self._sender.out.parts:  # the client must read first
             self._sender.push()
@@ -482,6 +485,14 @@ class Transmission(Measured):
                 self._slow.fetch(request, runs)
         else:
             self._slow.start(request, self._slow.read(request))
+
+    def _unpack(self, request: Request, runs: Sequence[Run], away: bool) -> bool:  # noqa: FBT001
+        """For ``Reads``: have threads get blocks."""
+        if self._slow.full():
+            return False
+        if away or not self._packed.begin(request, runs):
+            self._slow.fetch(request, runs)
+        return True
 
     # --- stalling ------------------------------------------------------
 

@@ -135,9 +135,15 @@ class PointDisk(Disk):
         }
 
     async def prepare(self) -> None:
-        """Read the map if it is small and near, so that nobody has to wait for it later."""
+        """Read the map and open the packs if they are few and near, so that nobody has to wait
+        for that later.
+        """
         if self._distant is None:
-            await self.workers.run(self.pages.load_small, SMALL_MAP)
+            await self.workers.run(self._prepare)
+
+    def _prepare(self) -> None:
+        self.pages.load_small(SMALL_MAP)
+        self._reader.prepare(self.pages.packs())
 
     # --- addresses -----------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ bytes. What an enemy does is found in encrypted repositories.)
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import zstandard
@@ -67,6 +68,11 @@ class Framed(NamedTuple):
     checks: Sequence[bytes]
 
 
+@lru_cache
+def _lengths_form(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}H")
+
+
 def frame_count(ulen: int) -> int:
     """Frames of a chunk of ``ulen`` bytes."""
     return -(-ulen // FRAME)
@@ -95,7 +101,7 @@ def encode_frames(content: memoryview, id_: bytes, level: int) -> Framed:
         lengths.append(length)
         frames.append(frame)
         checks.append(xxh3_128_digest(part, (seed + number) & _MASK))
-    table = struct.pack(f"<{len(lengths)}H", *lengths)
+    table = _lengths_form(len(lengths)).pack(*lengths)
     return Framed(table.rstrip(b"\0"), frames, checks)
 
 
@@ -121,9 +127,16 @@ def frame_span(lengths: bytes, ulen: int, number: int) -> tuple[int, int]:
     Raises:
         BrokenPayload: the lengths cannot be.
     """
-    sizes = _sizes(lengths, ulen)
-    before = sum(sizes[:number]) + number * CHECK_SIZE
-    return 2 * len(sizes) + before, sizes[number] + CHECK_SIZE
+    count = frame_count(ulen)
+    if len(lengths) > 2 * count or not 0 <= number < count:
+        raise BrokenPayload("more frames than it has content")
+    sizes = _lengths_form(count).unpack(lengths.ljust(2 * count, b"\0"))
+    own, part = sizes[number], min(FRAME, ulen - number * FRAME)
+    before = sizes[:number]  # all of which have FRAME bytes of content
+    if own >= part or (before and max(before) >= FRAME):
+        raise BrokenPayload("a frame that is longer than its content")
+    position = 2 * count + sum(before) + FRAME * before.count(0) + number * CHECK_SIZE
+    return position, (own or part) + CHECK_SIZE
 
 
 def is_raw(lengths: bytes, number: int) -> bool:
@@ -244,7 +257,7 @@ def _sizes(lengths: bytes, ulen: int) -> list[int]:
     count = frame_count(ulen)
     if len(lengths) > 2 * count:
         raise BrokenPayload("more frames than it has content")
-    found = list(struct.unpack(f"<{count}H", lengths.ljust(2 * count, b"\0")))
+    found = list(_lengths_form(count).unpack(lengths.ljust(2 * count, b"\0")))
     for number, length in enumerate(found):
         part = min(FRAME, ulen - number * FRAME)
         if length >= part:

@@ -148,6 +148,12 @@ class Pages:
             for each in there:
                 self.load(each)
 
+    def packs(self) -> set[bytes]:
+        """Names of the packs that slots of pages in memory lie in."""
+        with self._lock:
+            held = [each.page for each in self._held.values()]
+        return {name for page in held if page is not None for name in page.names}
+
     def clear(self) -> None:
         """Give the memory back."""
         with self._lock:
