@@ -73,6 +73,16 @@ def test_what_is_opened_can_be_enclosed_elsewhere(seal: Seal) -> None:
     assert content == expand_frames(framed.lengths, moved, other, 99, ID, len(MIXED))
 
 
+@seals
+def test_behind_noise_only_noise_is_left_as_it_is(seal: Seal) -> None:
+    """After a frame that cannot be packed a sample decides, and text is packed again."""
+    text = (b"a line of text, %d\n" % 7 * FRAME)[:FRAME]
+    content = NOISE[:FRAME] + text + NOISE[FRAME : 2 * FRAME] + NOISE[2 * FRAME :] + text[:5000]
+    lengths, payload = made(content, seal)
+    assert [is_raw(lengths, number) for number in range(5)] == [True, False, True, True, False]
+    assert content == expand_frames(lengths, payload, seal, AT, ID, len(content))
+
+
 def test_the_layout_is_what_the_document_says() -> None:
     content = b"t" * FRAME + NOISE[:5]
     lengths, payload = made(content, PLAIN, 1)
