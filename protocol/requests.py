@@ -21,6 +21,7 @@ proto.md, "Request types", "Command flags", "Size constraints", "Error values".
 from collections.abc import Collection
 from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
 from protocol.constants import Command, CommandFlag, Dialect, Errno, TransmissionFlag
 from protocol.terms import BlockSizes
@@ -31,8 +32,7 @@ MAX_PAYLOAD = 32 * 1024 * 1024
 """Bytes a request may carry; proto.md: up to here it must never be called an attack."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One decoded request header. ``length`` is an effect or, with a payload, its length."""
 
     command: int
