@@ -22,12 +22,13 @@ import select
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.watch import Handler, LoopWatch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.net.buffers import Buffers
+from nbdsrv.net.windows import Windows
 
 __all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
 
@@ -76,6 +77,7 @@ class Reactor:
         self._due: list[Callable[[], None]] = []
         self._serving = False
         self._tended: WeakSet[Disk] = WeakSet()
+        self._windows: WeakKeyDictionary[Disk, Windows] = WeakKeyDictionary()
         self._closed = False
         self._credit = MAX_CREDIT
         self._epoll.register(workers.fileno(), select.EPOLLIN)
@@ -105,6 +107,13 @@ class Reactor:
         if not self._due and not self._serving:
             self._loop.call_soon(self._end_pass)
         self._due.append(call)
+
+    def windows(self, disk: Disk) -> Windows:
+        """What all its clients remember of where its bytes lie, as long as it is open."""
+        found = self._windows.get(disk)
+        if found is None:
+            found = self._windows[disk] = Windows()
+        return found
 
     def tend(self, disk: Disk) -> None:
         """See to the connections that ``disk`` reads from, if it has any, until the end."""

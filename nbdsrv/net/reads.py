@@ -9,7 +9,8 @@
 
 The *window* is the last FileRun that ``locate`` gave: disk range, file and how to read it. Within
 it a read is a comparison, one system call and one ``pack_into``. In an image whose blocks lie
-scattered nearly every read finds a new window first, which costs one look into tables in memory.
+scattered nearly every read finds another window first, among those that are remembered
+(``windows``) or by a look into tables in memory.
 """
 
 import os
@@ -22,6 +23,7 @@ from nbdsrv.disk.runs import BlockRun, FileRun, RemoteRun, Run, ZeroRun
 from nbdsrv.net.outgoing import FilePart
 from nbdsrv.net.reactor import ARENA_SIZE, Reactor
 from nbdsrv.net.sender import Sender
+from nbdsrv.net.windows import WINDOW_BITS, Window
 from protocol.constants import Command, CommandFlag, Dialect
 from protocol.headers import (
     DATA_DONE_KEY,
@@ -52,7 +54,7 @@ DECODED = 8
 SEND_AT = 160 << 10
 """Bytes of replies after which they are sent, so that the client works while we do."""
 
-NO_WINDOW = (0, 0, -1, 0, NEVER)
+NO_WINDOW: Window = (0, 0, -1, 0, NEVER)
 NOT_SOUGHT: tuple[int, int, Sequence[Run] | None] = (-1, 0, None)
 """What ``locate`` has just said of a range that ``serve`` then stopped at."""
 _SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
@@ -104,6 +106,8 @@ class Reads:
         self._longest = disk.block_sizes.maximum
         self._runs: Sequence[Run] | None = None
         self._window = NO_WINDOW
+        self._windows = reactor.windows(disk)
+        self._windows.renew(disk.epoch)
         self._sought = NOT_SOUGHT
         self._residency = Residency(NEVER)
         self._cold = -1
@@ -121,11 +125,12 @@ class Reads:
         if self._epoch != self._disk.epoch:
             self._epoch = self._disk.epoch
             self._window = NO_WINDOW
+            self._windows.renew(self._epoch)
         self._decoded = 0
         self._sought = NOT_SOUGHT
         start, stop, fd, shift, inline = self._window
         unpack_from, size, read_key, dialect, head, large = self._constants
-        sender = self._sender
+        sender, windows = self._sender, self._windows
         arena, used = sender.arena, sender.used
         last = end - size
         while at <= last:
@@ -133,16 +138,20 @@ class Reads:
             if key != read_key:
                 break
             if offset < start or offset + length > stop:
-                sender.used = used
-                answered = self._look_for(cookie, offset, length)
-                if answered is None:
-                    break
-                if answered:
-                    at += size
-                    if sender.out.parts or (sender.used > SEND_AT and not sender.push()):
-                        return at
-                    used = sender.used
-                    continue
+                known = windows.get(offset >> WINDOW_BITS)
+                if known is not None and known[0][0] <= offset and offset + length <= known[0][1]:
+                    self._window, self._residency = known
+                else:
+                    sender.used = used
+                    answered = self._look_for(cookie, offset, length)
+                    if answered is None:
+                        break
+                    if answered:
+                        at += size
+                        if sender.out.parts or (sender.used > SEND_AT and not sender.push()):
+                            return at
+                        used = sender.used
+                        continue
                 start, stop, fd, shift, inline = self._window
             if inline < 0:
                 break
@@ -284,9 +293,8 @@ class Reads:
         sender.used += length
 
     def _enter(self, at: int, run: FileRun) -> None:
-        fd, position, length, residency = run
-        self._residency = residency
-        self._window = (at, at + length, fd, position - at, residency.inline)
+        self._residency = run.residency
+        self._window = self._windows.met(at, run)
 
     def _assemble(self, request: Request, runs: Sequence[Run]) -> bool:
         """A reply of several pieces, if all of them are in memory and the arena has room."""
