@@ -28,15 +28,12 @@ from nbdsrv.copying.survey import DataMap
 from nbdsrv.errors import NbdsrvError, RepositoryError
 from nbdsrv.repository.repository import DiskWriter
 
-__all__ = ["QUEUE", "STORES", "Branch", "FailsAlone", "Piece"]
+__all__ = ["QUEUE", "Branch", "FailsAlone", "Piece"]
 
 log = logging.getLogger(__name__)
 
 QUEUE = 32 << 20
 """Bytes that wait for one branch: half a pack, so that putting one does not make it fall behind."""
-STORES = WINDOW + 6
-"""Pieces being stored at a time: as many as can be worked on, and some that wait for their packs to
-be put. With two of those a backup used three quarters of two processors, with six nine tenths."""
 MAX_QUEUED = 4096
 """Things that wait, however small: holes take no bytes."""
 
@@ -244,7 +241,7 @@ class Branch:
     async def run(self) -> None:
         """Store what is given until ``close``. Cancellation leaves a point to be aborted."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(STORES):
+            for _ in range(WINDOW):
                 tasks.create_task(self._store())
 
     async def drained(self) -> None:

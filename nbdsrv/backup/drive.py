@@ -15,18 +15,19 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nbdsrv.backup.branch import QUEUE, STORES, Branch, Piece
+from nbdsrv.backup.branch import QUEUE, Branch, Piece
 from nbdsrv.backup.ranges import data_within, steps, together
 from nbdsrv.copying.progress import Advance
-from nbdsrv.copying.reading import PIECE, Lender, read_piece
+from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 
 __all__ = ["Driver", "queue_size"]
 
-AHEAD = STORES + 4
-"""Pieces under way for the fastest branch: those being stored, and some to go on with."""
+AHEAD = WINDOW + 2
+"""Pieces under way for the fastest branch: two may wait for their packs to be put while the others
+are worked on. More would only leave the processor's cache again."""
 READS = 32
 """Reads under way: scattered data comes in small pieces, of which a distant source needs many."""
 SMALL = 1 << 18

@@ -12,7 +12,7 @@ A source that cannot be read somewhere is no backup: everything is aborted and t
 offset. A repository that fails is dropped, and the others go on; one that is slow falls behind, is
 waited for at the end only, and reads by itself what it has missed (``branch``, ``drive``).
 
-Memory: for each repository and each of ``AT_ONCE`` disks a queue of ``branch.QUEUE``, some pieces
+Memory: for each repository and each of ``AT_ONCE`` disks a queue (``queue_size``), some pieces
 that are being read, and what ``native.stock`` says.
 """
 

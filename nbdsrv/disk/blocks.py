@@ -152,12 +152,16 @@ class Blocks:
         except Exception:  # noqa: BLE001 - a bug in there must not cost the connection
             return False
 
+    def is_coming(self, key: int) -> bool:
+        """Is a thread decoding it?"""
+        return key in self._decoding
+
     def decode_now(self, key: int, wanted: int) -> bytes | None:
         """As ``get``, on the loop: None if that would wait for the disk or a thread, or fails."""
         try:
             if self._at_hand is None or key in self._decoding or not self._at_hand(key):
                 return None
-            return self.get(key, wanted)
+            return self._get(key, wanted, wait=False)
         except Exception:  # noqa: BLE001 - also a bug of a decoder must not cost the connection
             return None  # whoever asks again in a thread is told why
 
@@ -169,11 +173,19 @@ class Blocks:
         Raises:
             DiskError: it cannot be read or decoded.
         """
+        found = self._get(key, wanted, wait=True)
+        assert found is not None
+        return found
+
+    def _get(self, key: int, wanted: int, *, wait: bool) -> bytes | None:
+        """None if a thread is decoding it and that is not to be waited for."""
         found = self.peek(key)
         if found is not None:
             return found
         with self._cache.lock:
             flight = self._decoding.get(key)
+            if flight is not None and not wait:
+                return None
             landed = flight.await_with() if flight is not None else None
             if flight is None:
                 flight = self._decoding[key] = _Flight()

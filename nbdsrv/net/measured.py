@@ -2,10 +2,10 @@
 
 ::
 
-    _answer_reads    _quick_received   the commonest turn: one addition in all
-    AfarReads        begun             reads that another server answers
-    Reads            begun             reads among the quick frames that threads answer
-    everything else  _received  _quick_frames  _reads_begun ...
+    Reads            served   plain reads, in bytes of their headers: one addition a turn
+                     begun    those of them that threads answer
+    AfarReads        begun    reads that another server answers
+    everything else  _received  _reads_begun ...
 
 Rule: ints, added to where a batch ends. Nothing here is locked: it belongs to the loop, and what a
 thread counts while it has the connection is the thread's own (``Writes``).
@@ -38,8 +38,6 @@ class Measured:
         self._measures = measures
         self._frame_size = frame
         self._received = 0  # bytes, those of ``_answer_reads`` apart
-        self._quick_received = 0  # bytes: frames of reads, answered in the commonest turn
-        self._quick_frames = 0  # bytes: frames of reads, answered at once in any other
         self._reads_begun = self._empty_writes = self._others = self._refusals = 0
         self._timed = False
 
@@ -47,10 +45,10 @@ class Measured:
         """What has been moved so far. A write that a thread is storing right now may be missing."""
         writes, sender, payloads = self._writes, self._sender, self._payloads
         begun = self._afar.begun // self._frame_size
-        taken = (self._quick_received + self._quick_frames) // self._frame_size
+        taken = self._reads.served // self._frame_size
         quick = taken - self._reads.begun
         return Tally(
-            received=self._received + self._quick_received + writes.received + payloads.received,
+            received=self._received + writes.received + payloads.received,
             sent=sender.sent + sender.out.sent + writes.sent,
             reads=taken + begun + self._reads_begun,
             quick=quick,
@@ -62,8 +60,7 @@ class Measured:
     @property
     def asked(self) -> int:
         """Bytes the client has sent: a number that changes with each request."""
-        received = self._received + self._quick_received
-        return received + self._writes.received + self._payloads.received
+        return self._received + self._writes.received + self._payloads.received
 
     def watch(self) -> None:
         """Time the next turn. It goes the long way round, so that the short one need not ask."""
@@ -72,9 +69,10 @@ class Measured:
 
     def _timed_turn(self) -> None:
         self._timed = False
-        before, begun, began = self._quick_frames, self._reads.begun, perf_counter()
+        reads, began = self._reads, perf_counter()
+        before, begun = reads.served, reads.begun
         self._turn()
-        served = (self._quick_frames - before) // self._frame_size - (self._reads.begun - begun)
+        served = (reads.served - before) // self._frame_size - (reads.begun - begun)
         if served:
             self._measures.quick.add(perf_counter() - began, served)
 

@@ -57,7 +57,7 @@ class PackedReads:
         self._measures = measures
         self._unpacking = 0
         self._waiting: deque[tuple[Request, float]] = deque()
-        self._ready: Answer = []
+        self._ready: list[tuple[Request, Buffer, int]] = []
 
     def begin(self, request: Request, runs: Sequence[Run]) -> bool:
         """Carry out a READ that is within the disk; False if it is not of this kind."""
@@ -103,10 +103,9 @@ class PackedReads:
             self._leave(request)
             return
         self._measures.reads.add(perf_counter() - began)
-        self._forget(request)
         if not self._ready:  # what is ready with it leaves with it
             self._reactor.soon(self._send_ready)
-        self._ready.append((buffer.view(total), buffer))
+        self._ready.append((request, buffer, total))
 
     def _next(self, request: Request, began: float) -> None:
         """It has waited, so the disk may have changed: look again where the bytes are."""
@@ -121,7 +120,9 @@ class PackedReads:
 
     def _send_ready(self) -> None:
         ready, self._ready = self._ready, []
-        self._deliver(ready)
+        for request, _, _ in ready:  # not before: the client stays until all is answered
+            self._forget(request)
+        self._deliver([(buffer.view(total), buffer) for _, buffer, total in ready])
 
     def _leave(self, request: Request) -> None:
         """To a task, which waits as long as it takes, and tells what is wrong."""

@@ -55,6 +55,7 @@ SEND_AT = 160 << 10
 """Bytes of replies after which they are sent, so that the client works while we do."""
 
 NO_WINDOW: Window = (0, 0, -1, 0, NEVER)
+UNKNOWN = (NO_WINDOW, Residency(NEVER))
 NOT_SOUGHT: tuple[int, int, Sequence[Run] | None] = (-1, 0, None)
 """What ``locate`` has just said of a range that ``serve`` then stopped at."""
 _SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
@@ -70,7 +71,8 @@ class Reads:
     """One client's reads that are answered within its turn, and those of blocks, handed on from it.
 
     Attributes:
-        begun: reads that ``serve`` took and handed on.
+        served: bytes of the request headers that ``serve`` has taken.
+        begun: reads of these that were handed on.
     """
 
     def __init__(
@@ -102,17 +104,19 @@ class Reads:
         self._constants = (frame.unpack_from, frame.size, key, int(dialect), head, large)
         self._secure = secure
         self._later = later
+        self.served = 0
         self.begun = 0
         self._longest = disk.block_sizes.maximum
         self._runs: Sequence[Run] | None = None
         self._window = NO_WINDOW
         self._windows = reactor.windows(disk)
-        self._windows.renew(disk.epoch)
         self._sought = NOT_SOUGHT
         self._residency = Residency(NEVER)
         self._cold = -1
         self._decoded = 0
+        # One look: threads may change it, and what was found of an older one is not to be believed.
         self._epoch = disk.epoch
+        self._windows.renew(self._epoch)
 
     def serve(self, rx: memoryview, at: int, end: int) -> int:
         """Answer plain reads within the window from ``rx[at:]``, as many as follow each other.
@@ -132,67 +136,70 @@ class Reads:
         unpack_from, size, read_key, dialect, head, large = self._constants
         sender, windows = self._sender, self._windows
         arena, used = sender.arena, sender.used
-        last = end - size
-        while at <= last:
-            key, cookie, offset, length = unpack_from(rx, at)
-            if key != read_key:
-                break
-            if offset < start or offset + length > stop:
-                known = windows.get(offset >> WINDOW_BITS)
-                if known is not None and known[0][0] <= offset and offset + length <= known[0][1]:
-                    self._window, self._residency = known
-                else:
-                    sender.used = used
-                    answered = self._look_for(cookie, offset, length)
-                    if answered is None:
-                        break
-                    if answered:
-                        at += size
-                        if sender.out.parts or (sender.used > SEND_AT and not sender.push()):
-                            return at
-                        used = sender.used
-                        continue
-                start, stop, fd, shift, inline = self._window
-            if inline < 0:
-                break
-            if length >= large:
-                sender.used = used
-                if not self._send_file(cookie, offset, length):
-                    return at
-                at += size
-                if sender.out.parts:
-                    return at
-                used = sender.used
-                continue
-            if not length:
-                break
-            data = used + head
-            after = data + length
-            try:
-                if _preadv(fd, (arena[data:after],), offset + shift, inline) != length:
+        first, last = at, end - size
+        try:
+            while at <= last:
+                key, cookie, offset, length = unpack_from(rx, at)
+                if key != read_key:
                     break
-            except BlockingIOError:
-                self._cold = offset
-                break
-            except OSError:
-                break
-            if dialect == _STRUCTURED:
-                _pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
-            elif dialect == _SIMPLE:
-                _pack_simple(arena, used, SIMPLE_OK, cookie)
-            else:
-                EXTENDED_DATA.pack_into(
-                    arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
-                )
-            used = after
-            at += size
-            if used > SEND_AT:
-                sender.used = used
-                if not sender.push():
-                    return at
-                used = 0
-        sender.used = used
-        return at
+                if offset < start or offset + length > stop:
+                    known = windows.get(offset >> WINDOW_BITS, UNKNOWN)
+                    if known[0][0] <= offset and offset + length <= known[0][1]:
+                        self._window, self._residency = known
+                    else:
+                        sender.used = used
+                        answered = self._look_for(cookie, offset, length)
+                        if answered is None:
+                            break
+                        if answered:
+                            at += size
+                            if sender.out.parts or (sender.used > SEND_AT and not sender.push()):
+                                return at
+                            used = sender.used
+                            continue
+                    start, stop, fd, shift, inline = self._window
+                if inline < 0:
+                    break
+                if length >= large:
+                    sender.used = used
+                    if not self._send_file(cookie, offset, length):
+                        return at
+                    at += size
+                    if sender.out.parts:
+                        return at
+                    used = sender.used
+                    continue
+                if not length:
+                    break
+                data = used + head
+                after = data + length
+                try:
+                    if _preadv(fd, (arena[data:after],), offset + shift, inline) != length:
+                        break
+                except BlockingIOError:
+                    self._cold = offset
+                    break
+                except OSError:
+                    break
+                if dialect == _STRUCTURED:
+                    _pack_chunk(arena, used, DATA_DONE_KEY, cookie, length + 8, offset)
+                elif dialect == _SIMPLE:
+                    _pack_simple(arena, used, SIMPLE_OK, cookie)
+                else:
+                    EXTENDED_DATA.pack_into(
+                        arena, used, EXTENDED_DATA_DONE_KEY, cookie, offset, length + 8, offset
+                    )
+                used = after
+                at += size
+                if used > SEND_AT:
+                    sender.used = used
+                    if not sender.push():
+                        return at
+                    used = 0
+            sender.used = used
+            return at
+        finally:  # also where the client turns out to be gone
+            self.served += at - first
 
     def read(self, request: Request) -> bool:
         """Answer any READ if that needs no waiting; False if it does."""
@@ -256,7 +263,7 @@ class Reads:
             if block is None and self._may_decode():
                 self._decoded += 1
                 block = first.blocks.decode_now(first.key, length)
-                away = block is None
+                away = block is None and not first.blocks.is_coming(first.key)
             if block is None:
                 request = Request(Command.READ, 0, cookie, offset, length)
                 if self._later(request, runs, away):

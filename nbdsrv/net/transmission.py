@@ -313,7 +313,7 @@ class Transmission(Measured):
                 return not (self._channel.pending() or self._slow.full())
         else:
             at = self._reads.serve(rx, 0, limit)
-            self._quick_received += at
+            self._received += at
         if at == end:
             full = self._slow.in_flight and self._slow.full()
             return self._sender.push() and not (full or self._channel.pending())
@@ -413,9 +413,10 @@ class Transmission(Measured):
             elif not self._draining:
                 before = at
                 at = self._reads.serve(rx, at, min(end, at + self._turn_length))
-                self._quick_frames += at - before
                 requests += (at - before) // size
                 if end - at < size or sender.out.parts or requests >= TURN_REQUESTS:
+                    break
+                if self._slow.in_flight and self._slow.full():
                     break
                 if self._reactor.buffers.affords(RECEIVE_SIZE):
                     at = self._writes.serve(rx, at, end)

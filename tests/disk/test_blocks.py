@@ -1,6 +1,7 @@
 """Decoded blocks: decoded once, kept within a budget, forgotten when they change."""
 
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -39,6 +40,27 @@ def test_a_block_read_in_part_is_decoded_once() -> None:
         assert expected(7) == blocks.get(7, 10)
     assert expected(7) == blocks.peek(7)
     assert decoder.calls == {7: 1}
+
+
+def test_the_loop_waits_for_no_thread() -> None:
+    """A thread begins with the block just when the loop has found that it may decode it."""
+    decoder = Decoder()
+    decoder.gate.clear()
+    thread = threading.Thread(target=lambda: blocks.get(7, 10))
+
+    def at_hand(_: int) -> bool:
+        thread.start()
+        while not decoder.calls:
+            time.sleep(0.001)
+        return True
+
+    blocks = Blocks(BlockCache(), decoder, at_hand)
+    assert blocks.decode_now(7, 10) is None
+    assert blocks.is_coming(7)
+    decoder.gate.set()
+    thread.join()
+    assert not blocks.is_coming(7)
+    assert expected(7) == blocks.peek(7)
 
 
 def test_a_block_read_as_a_whole_is_not_kept() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,3 +168,28 @@ async def test_a_client_that_leaves_while_its_reads_wait(tmp_path: Path) -> None
         disk.gate.set()
         again = await asyncio.to_thread(ask_all, tmp_path / "nbd")
         assert await asyncio.to_thread(answers, again) == GOLDEN
+
+
+async def test_what_threads_have_done_is_answered_before_a_client_is_let_go(tmp_path: Path) -> None:
+    """Results and DISC come in one pass of the reactor, the results first."""
+    (tmp_path / "image").write_bytes(bytes(4096))
+    async with running(tmp_path / "nbd", tmp_path / "image") as server:
+        disk = served(server)
+
+        def ask() -> Wire:
+            wire = Wire.connect(str(tmp_path / "nbd")).enter("packed", Dialect.STRUCTURED)
+            asked = (wire.prepare(Command.READ, at * PAIR, PAIR) for at in range(MAX_UNPACKING))
+            wire.send(b"".join(asked))
+            return wire
+
+        wire = await asyncio.to_thread(ask)
+        await all_begun(server, MAX_UNPACKING)
+        disk.gate.set()
+        wire.request(Command.DISC)
+        time.sleep(0.3)
+        for _ in range(MAX_UNPACKING):
+            answer = await asyncio.to_thread(wire.answer)
+            assert answer.data() == pair(answer.asked.offset // PAIR)
+        assert await asyncio.to_thread(wire.is_closed)
+        wire.close()
+        assert not server.sessions

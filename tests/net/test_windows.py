@@ -1,5 +1,6 @@
 """Windows: what is remembered of where bytes lie is true, grows together, and is bounded."""
 
+import itertools
 import random
 
 from nbdsrv.disk.residency import NEVER, Residency
@@ -56,7 +57,7 @@ def test_whatever_is_met_what_is_remembered_is_true() -> None:
     edges = sorted({0, 8 * SPAN, *(dice.randrange(8 * SPAN) for _ in range(60))})
     pieces = [
         (start, end, dice.choice((3, 4)), dice.randrange(1 << 30))
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in itertools.pairwise(edges)
     ]
     windows = Windows()
     windows.renew(0)

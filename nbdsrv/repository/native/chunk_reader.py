@@ -37,7 +37,9 @@ MAX_FILES = 256
 """Packs kept open: 8 GiB of them, and a quarter of the descriptors a process usually has."""
 
 MAX_PREPARED = 64
-"""Packs opened in advance: 2 GiB of them, some 2 ms."""
+"""Packs of one disk opened in advance: 2 GiB of them, some 2 ms."""
+_spare = threading.Semaphore(128)
+"""Descriptors a process may take in advance; a server has 256 beside those of its clients."""
 
 
 class _PackFile:
@@ -63,6 +65,7 @@ class ChunkReader:
         self._files: OrderedDict[bytes, _PackFile | None] = OrderedDict()
         self._lock = threading.Lock()
         self._inline: int | None = None
+        self._prepared = 0
 
     def chunk(self, id_: bytes, place: Place, length: int) -> bytes:
         """A chunk of ``length`` bytes.
@@ -95,14 +98,19 @@ class ChunkReader:
         return bytes(memoryview(content)[number * FRAME : (number + 1) * FRAME])
 
     def prepare(self, packs: Collection[bytes]) -> None:
-        """Open these packs if they are files here, and few; so that no read has to.
+        """Open these packs if they are files here, and few; so that no read has to. Once.
 
         Never fails: whoever reads is told what is wrong with a pack.
         """
-        if len(packs) <= MAX_PREPARED:
-            with suppress(BrokenPayload, DiskError, OSError):
-                for pack in packs:
-                    self._file(pack)
+        if len(packs) > MAX_PREPARED:
+            return
+        with suppress(BrokenPayload, DiskError, OSError):
+            for pack in packs:
+                if not _spare.acquire(blocking=False):
+                    return
+                self._prepared += 1
+                if self._file(pack) is None:
+                    return  # none of them is
 
     def at_hand(self, place: Place, length: int, number: int) -> bool:
         """Would ``frame`` find all it needs in memory? For the loop; never blocks."""
@@ -116,8 +124,11 @@ class ChunkReader:
         return file.residency.resident(file.fd, place.offset + ENTRY_SIZE + position, size)
 
     def close(self) -> None:
-        """Close the packs that nobody is reading."""
+        """Close the packs that nobody is reading. Idempotent."""
         self._files.clear()
+        prepared, self._prepared = self._prepared, 0
+        if prepared:
+            _spare.release(prepared)
 
     def _frame(self, id_: bytes, place: Place, length: int, number: int) -> bytes:
         file = self._file(place.pack)
