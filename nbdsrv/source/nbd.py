@@ -14,6 +14,8 @@ What the server does not offer is done otherwise where that is honest: zeroes ar
 left undone, a map without base:allocation is all data.
 """
 
+import asyncio
+import contextlib
 import errno as os_errno
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,7 +24,7 @@ from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.disk.watch import Watch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError
-from nbdsrv.net.client import ConnectionLost
+from nbdsrv.net.client import Client, ConnectionLost
 from nbdsrv.net.client_connect import Patience, Remote
 from nbdsrv.net.client_tls import NO_CREDENTIALS, Credentials, client_context
 from nbdsrv.source.nbd_changes import Changes
@@ -48,6 +50,8 @@ PIECE = 1 << 19
 """Bytes of one READ or WRITE: long enough to be cheap, short enough to spread. A busy qemu-nbd is
 twice as fast with these as with longer ones."""
 SECTOR = 512
+ROUSING = 1 << 16
+"""Bytes that are asked about only for the question's sake."""
 """Bytes reads are aligned to where the server does not say: xapi-nbd ends the session otherwise."""
 STATUS_LIMIT = 1 << 31
 """Bytes of one BLOCK_STATUS with 32-bit lengths. nbdkit before 1.42.3 aborts close to 4 GiB."""
@@ -103,6 +107,7 @@ class NbdDisk(Disk):
         self._reads = Reads(links, salvage, incidents, self._depth, self._aligned, self._piece)
         self._made = Changes(links, name, self.abilities, self._piece, self._depth)
         self._closed = False
+        self._rousing: asyncio.Task[None] | None = None
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -233,9 +238,27 @@ class NbdDisk(Disk):
 
             await in_pieces(begin, end - begin, self._piece, one)
 
+    def rouse(self, client: Client) -> None:
+        """Have qemu-nbd describe a little of the export; nobody waits for the answer.
+
+        It then has had a buffer of 1 MiB for extents, and from the first free of such a one glibc
+        keeps what buffers for reads need. Until then their pages are mapped anew for each: a client
+        that only reads was given 1.8 GB/s where afterwards it was 4.4 (QEMU 7.2).
+        """
+        length = min(self.size, ROUSING) // self._aligned * self._aligned
+
+        async def ask() -> None:
+            with contextlib.suppress(DiskError):
+                await client.block_status(0, length)
+
+        if length:
+            self._rousing = asyncio.get_running_loop().create_task(ask())
+
     async def close(self) -> None:
         """Say goodbye on all connections."""
         self._closed = True
+        if self._rousing is not None:
+            self._rousing.cancel()
         await self._reads.close()
         await self._links.close()
 
@@ -340,4 +363,7 @@ async def open_nbd(
     links = Links(client, dialler, limit, remote.patience, incidents)
     granule = max(SECTOR, terms.blocks.minimum)
     salvage = Salvage(dialler.plain, granule, incidents)
-    return NbdDisk(workers, links, salvage, incidents, remote.name, writable=writable)
+    disk = NbdDisk(workers, links, salvage, incidents, remote.name, writable=writable)
+    if ALLOCATION in terms.contexts.values():
+        disk.rouse(client)
+    return disk

@@ -1,5 +1,6 @@
 """NbdDisk keeps the Disk contract over every server there is here."""
 
+import asyncio
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,23 @@ async def test_our_own_server(
     async with running(tmp_path / "sock", tmp_path / "disk", writable=writable):
         uri = unix_uri(tmp_path / "sock", "disk")
         await check_disk(opener(workers, uri, writable=writable), golden)
+
+
+async def test_a_server_is_asked_for_extents_once_and_nobody_waits(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """For qemu-nbd's sake; see ``NbdDisk.rouse``."""
+    BIG.make(str(tmp_path / "disk"))
+    async with running(tmp_path / "sock", tmp_path / "disk") as server:
+        disk = await open_nbd(unix_uri(tmp_path / "sock", "disk"), workers)
+        (session,) = server.sessions
+        async with asyncio.timeout(10):
+            while session.tally().others < 1:
+                await asyncio.sleep(0.001)
+        await disk.close()
+        again = await open_nbd(unix_uri(tmp_path / "sock", "disk"), workers)
+        await again.close()  # before the answer: nothing is left behind
+        assert not again.incidents.lost
 
 
 def nbdkit(image: Path, *more: str) -> list[str]:
