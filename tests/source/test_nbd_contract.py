@@ -42,9 +42,7 @@ async def test_our_own_server(
         await check_disk(opener(workers, uri, writable=writable), golden)
 
 
-async def test_a_server_is_asked_for_extents_once_and_nobody_waits(
-    tmp_path: Path, workers: Workers
-) -> None:
+async def test_a_server_is_asked_for_extents_once(tmp_path: Path, workers: Workers) -> None:
     """For qemu-nbd's sake; see ``NbdDisk.rouse``."""
     BIG.make(str(tmp_path / "disk"))
     async with running(tmp_path / "sock", tmp_path / "disk") as server:
@@ -54,9 +52,20 @@ async def test_a_server_is_asked_for_extents_once_and_nobody_waits(
             while session.tally().others < 1:
                 await asyncio.sleep(0.001)
         await disk.close()
-        again = await open_nbd(unix_uri(tmp_path / "sock", "disk"), workers)
-        await again.close()  # before the answer: nothing is left behind
-        assert not again.incidents.lost
+
+
+async def test_neither_opening_nor_closing_waits_for_extents_that_do_not_come(
+    tmp_path: Path, workers: Workers
+) -> None:
+    BIG.make(str(tmp_path / "disk"))
+    command = [*nbdkit(tmp_path / "disk", "--filter=delay"), "delay-extents=20"]
+    with listening(tmp_path / "sock", *command):
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        disk = await open_nbd(unix_uri(tmp_path / "sock"), workers)
+        await disk.close()
+        assert loop.time() - began < 10
+        assert not disk.incidents.lost
 
 
 def nbdkit(image: Path, *more: str) -> list[str]:
