@@ -16,6 +16,7 @@ Eviction is CLOCK: a hit only sets a flag, so that ``peek`` needs no lock and ne
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import overload
 
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
@@ -161,24 +162,25 @@ class Blocks:
         try:
             if self._at_hand is None or key in self._decoding or not self._at_hand(key):
                 return None
-            return self._get(key, wanted, wait=False)
+            return self.get(key, wanted, wait=False)
         except Exception:  # noqa: BLE001 - also a bug of a decoder must not cost the connection
             return None  # whoever asks again in a thread is told why
 
-    def get(self, key: int, wanted: int) -> bytes:
+    @overload
+    def get(self, key: int, wanted: int) -> bytes: ...
+
+    @overload
+    def get(self, key: int, wanted: int, *, wait: bool) -> bytes | None: ...
+
+    def get(self, key: int, wanted: int, *, wait: bool = True) -> bytes | None:
         """The decoded block; decodes it if need be, or waits for who is doing so. For threads.
 
-        ``wanted``: bytes of it that are used now; a block of which more is left is kept.
+        ``wanted``: bytes of it that are used now; a block of which more is left is kept. Without
+        ``wait`` None if a thread is decoding it.
 
         Raises:
             DiskError: it cannot be read or decoded.
         """
-        found = self._get(key, wanted, wait=True)
-        assert found is not None
-        return found
-
-    def _get(self, key: int, wanted: int, *, wait: bool) -> bytes | None:
-        """None if a thread is decoding it and that is not to be waited for."""
         found = self.peek(key)
         if found is not None:
             return found

@@ -17,6 +17,7 @@ CVE-2025-14946 (libnbd)       hosts that are options
 import asyncio
 import datetime as dt
 import ipaddress
+import itertools
 import json
 import struct
 import subprocess
@@ -191,7 +192,7 @@ async def test_2023_5215_the_largest_size_there_is(sock: Path, workers: Workers)
 
 async def test_2023_5871_status_flags_of_any_value(sock: Path, workers: Workers) -> None:
     """64 bits of flags need extended headers; whatever they are, they are a map or an error."""
-    flags = iter([2**32 - 1, 2**64 - 1, 2**63, 0])
+    flags = itertools.cycle([2**32 - 1, 2**64 - 1, 2**63, 0])
 
     async def talk(conversation: Conversation) -> None:
         await conversation.greet()
