@@ -198,23 +198,24 @@ class Blocks:
         try:
             data = self._decode(key)
         except BaseException as error:
-            self._withdraw(key, flight)
+            with self._cache.lock:
+                self._withdraw(key, flight)
             flight.land(b"", error)
             raise
         with self._cache.lock:
             # Forgotten meanwhile: what was decoded is what the block was, not what it is.
-            if self._decoding.get(key) is flight:
-                del self._decoding[key]
-                if wanted < len(data) and key not in self.held:
-                    entry = self.held[key] = _Entry(self, key, data)
-                    self._cache.keep(entry)
+            if self._withdraw(key, flight) and wanted < len(data) and key not in self.held:
+                entry = self.held[key] = _Entry(self, key, data)
+                self._cache.keep(entry)
         flight.land(data)
         return data
 
-    def _withdraw(self, key: int, flight: _Flight) -> None:
-        with self._cache.lock:
-            if self._decoding.get(key) is flight:
-                del self._decoding[key]
+    def _withdraw(self, key: int, flight: _Flight) -> bool:
+        """Nobody can find it any more; False if it had been forgotten. Call with the lock."""
+        if self._decoding.get(key) is not flight:
+            return False
+        del self._decoding[key]
+        return True
 
     def forget(self, key: int) -> None:
         """The block has changed or is gone."""

@@ -305,19 +305,12 @@ class Transmission(Measured):
             self._end_of_stream = end == 0
             self._keep(rx, 0, 0)
             return False
-        limit = min(end, self._turn_length)
-        if self._remote:  # begun is as good as answered
-            at = self._afar.serve(rx, 0, limit)
-            self._received += at
-            if at == end:
-                return not (self._channel.pending() or self._slow.full())
-        else:
-            at = self._reads.serve(rx, 0, limit)
-            self._received += at
-        if at == end:
+        self._received += end
+        serve = self._afar.serve if self._remote else self._reads.serve
+        at = serve(rx, 0, min(end, self._turn_length))
+        if at == end:  # begun is as good as answered
             full = self._slow.in_flight and self._slow.full()
             return self._sender.push() and not (full or self._channel.pending())
-        self._received += end - at
         if self._sender.out.parts:  # the client must read first
             self._sender.push()
             self._keep(rx, at, end)

@@ -29,7 +29,7 @@ the disk, and how ``preadv`` is told to get them without waiting."""
 class Windows(dict[int, tuple[Window, Residency]]):
     """By number of the 256 KiB that the read which met it began in. Belongs to the loop."""
 
-    __slots__ = ("__weakref__", "_epoch")
+    __slots__ = ("_epoch",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ import zstandard
 from xxhash import xxh3_128_digest
 
 from nbdsrv.repository.native.sealing import TAG_SIZE, BrokenPayload, Seal
-from nbdsrv.repository.native.zstd import WORTH, compressor, decompressor
+from nbdsrv.repository.native.zstd import compressor, decompressor, is_worth_it
 from nbdsrv.store.store import Data
 
 __all__ = [
@@ -100,7 +100,7 @@ def encode_frames(content: memoryview, id_: bytes, level: int) -> Framed:
         length = 0
         if compress is not None and not (hopeless and _is_noise(compress, part)):
             packed = compress(part)
-            hopeless = not _is_worth_it(packed, part)
+            hopeless = not is_worth_it(packed, part)
             if not hopeless:
                 frame, length = packed, len(packed)
         lengths.append(length)
@@ -110,15 +110,11 @@ def encode_frames(content: memoryview, id_: bytes, level: int) -> Framed:
     return Framed(table.rstrip(b"\0"), frames, checks)
 
 
-def _is_worth_it(packed: bytes, part: memoryview) -> bool:
-    return len(packed) < len(part) - len(part) // WORTH
-
-
 def _is_noise(compress: Callable[[memoryview], bytes], part: memoryview) -> bool:
     """Does its middle say that it is like the frame before, which was not worth packing?"""
     middle = len(part) // 2
     sample = part[middle : middle + SAMPLE]
-    return not _is_worth_it(compress(sample), sample)
+    return not is_worth_it(compress(sample), sample)
 
 
 def enclose_frames(framed: Framed, seal: Seal, offset: int, id_: bytes, ulen: int) -> bytes:

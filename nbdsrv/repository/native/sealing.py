@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nbdsrv.repository.native.zstd import (
     DEFAULT_LEVEL,
-    WORTH,
     BrokenPayload,
     compressor,
     decompressor,
+    is_worth_it,
 )
 from nbdsrv.store.store import Data
 
@@ -64,7 +64,7 @@ def compress(content: Data, level: int = DEFAULT_LEVEL) -> tuple[Codec, Data]:
     """The shorter way to store ``content``; level 0 is not to try."""
     if level:
         body = compressor(level).compress(content)
-        if len(body) < len(content) - len(content) // WORTH:
+        if is_worth_it(body, content):
             return Codec.ZSTD, body
     return Codec.RAW, content
 

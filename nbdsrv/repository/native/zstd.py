@@ -4,13 +4,20 @@ import threading
 
 import zstandard
 
-__all__ = ["DEFAULT_LEVEL", "WORTH", "BrokenPayload", "compressor", "decompressor"]
+from nbdsrv.store.store import Data
+
+__all__ = ["DEFAULT_LEVEL", "BrokenPayload", "compressor", "decompressor", "is_worth_it"]
 
 DEFAULT_LEVEL = 2
 """For frames of 64 KiB: 5 % smaller than level 1 and an eighth slower; level 3 is slower by a third
 and no smaller."""
 WORTH = 20
 """Compression must save one part in so many; less is not worth unpacking."""
+
+
+def is_worth_it(packed: Data, content: Data) -> bool:
+    """Is ``packed`` so much shorter that it is what should be stored?"""
+    return len(packed) < len(content) - len(content) // WORTH
 
 
 class BrokenPayload(Exception):
