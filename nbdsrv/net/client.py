@@ -4,7 +4,7 @@
 
     read() write() ... ── _ask ──> Outbox ──> socket
           ^                                     |
-          └── Pending, by cookie <── _take <── _readable
+          └── InFlight, by cookie <─ _take <── _readable
                     |                            header: into scratch
                     └── caller's buffer <─────── data: straight from the socket
 
@@ -20,13 +20,13 @@ import errno as os_errno
 import logging
 import os
 import select
-from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 
 from nbdsrv.disk.watch import LoopWatch, Watch
 from nbdsrv.errors import DiskError
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.client_flight import InFlight
 from nbdsrv.net.client_outbox import Outbox
 from nbdsrv.net.client_pending import ConnectionLost, Pending, Statuses
 from protocol.answers import Answer, Data, Done, Failed, Hole, Status
@@ -39,16 +39,10 @@ __all__ = ["Client", "ConnectionLost"]
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 64
-"""Requests of one connection that await answers; more wait here. Servers work on 16 or so."""
-MAX_IN_FLIGHT_BYTES = 32 << 20
-"""Bytes they move, likewise; a single larger one is let through alone."""
 SCRATCH = 1 << 16
 """Bytes received at a time where headers and small answers come."""
 HEADER_WINDOW = 256
 """The same while large answers are due: little of them is then copied."""
-BULKY = 1 << 15
-"""Bytes of a read from which on its data is received in place."""
 DIRECT = 1 << 12
 """Bytes of a chunk still to come that are worth a system call of their own."""
 RECEIVES = 32
@@ -67,7 +61,6 @@ class Client:
     Attributes:
         terms: what the handshake agreed on.
         name: the URI, for messages.
-        load: requests that have no answer yet.
         lost: why the connection is dead, or None.
         unflushed: for its user: has it carried changes no flush has covered?
         on_lost: called once when it dies, not when it is closed.
@@ -78,7 +71,6 @@ class Client:
         """Becomes the owner of the channel, whose handshake is complete."""
         self.terms = terms
         self.name = name
-        self.load = 0
         self.lost: str | None = None
         self.unflushed = False
         self.on_lost: Callable[[], None] = lambda: None
@@ -87,15 +79,10 @@ class Client:
         self._channel = channel
         self._connection = ClientConnection(terms)
         self._request_s = request_s
-        self._pending: dict[int, Pending] = {}
-        self._bytes = 0
-        self._bulky = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._flight = InFlight(request_s, self._overdue)
         self._watch: Watch = LoopWatch()
         self._outbox = Outbox(channel, self._broken, self._watch)
         self._closed = False
-        self._quiet = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
         self._scratch = memoryview(bytearray(SCRATCH))
         self._watch.add(channel.fileno(), self, select.EPOLLIN)
 
@@ -109,6 +96,11 @@ class Client:
         watch.add(fd, self, select.EPOLLIN)
         if self._channel.pending():
             watch.soon(self.resume)
+
+    @property
+    def load(self) -> int:
+        """Requests that have no answer yet."""
+        return self._flight.load
 
     @property
     def usable(self) -> bool:
@@ -208,7 +200,7 @@ class Client:
     ) -> None:
         """Send one request and wait for the end of its answer."""
         while self._full(moved):
-            await self._room()
+            await self._flight.room()
         self._send(pending, moved, make)
         await self.answer(pending)
 
@@ -217,14 +209,8 @@ class Client:
         self._sent(cookie, header, pending, moved)
 
     def _sent(self, cookie: int, header: bytes, pending: Pending, moved: int) -> None:
-        self._pending[cookie] = pending
-        pending.moved = moved
-        self._bytes += moved
-        self.load += 1
-        if moved >= BULKY and pending.buffer is not None:
-            self._bulky += 1
+        self._flight.add(cookie, pending, moved)
         self._outbox.post(header, pending.data)
-        self._start_clock(pending)
 
     def _made(self, pending: Pending, make: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
         if self._closed:
@@ -239,39 +225,8 @@ class Client:
                 raise ConnectionLost(text, os_errno.ESHUTDOWN, pending.offset) from error
             raise DiskError(text, os_errno.EINVAL, pending.offset) from error
 
-    # --- room for more -------------------------------------------------------------------
-
     def _full(self, moved: int) -> bool:
-        if self.load < MAX_IN_FLIGHT and self._bytes + moved <= MAX_IN_FLIGHT_BYTES:
-            return False
-        return bool(self.load) and self.usable
-
-    async def _room(self) -> None:
-        """Wait until something has been answered."""
-        ready = self._loop.create_future()
-        self._waiting.append(ready)
-        try:
-            await ready
-        except asyncio.CancelledError:
-            if ready.done() and not ready.cancelled():
-                self._wake()  # it was meant for somebody who can use it
-            raise
-
-    def _wake(self) -> None:
-        while self._waiting:
-            ready = self._waiting.popleft()
-            if not ready.done():
-                ready.set_result(None)
-                return
-
-    def _finish(self, pending: Pending) -> None:
-        """Its answer has come or never will."""
-        self.load -= 1
-        self._bytes -= pending.moved
-        if pending.moved >= BULKY and pending.data is None:
-            self._bulky -= 1
-        if self._waiting:
-            self._wake()
+        return self._flight.is_full(moved) and self.usable
 
     def abandon(self, pending: Pending) -> None:
         """Whoever asked has gone and takes its memory along."""
@@ -285,25 +240,9 @@ class Client:
         else:
             pending.answered.cancel()
 
-    # --- the clock -----------------------------------------------------------------------
-
-    def _start_clock(self, pending: Pending) -> None:
-        pending.expires = self._loop.time() + self._request_s
-        if self._timer is None:
-            self._timer = self._loop.call_later(self._request_s, self._look_at_clock)
-
-    def _look_at_clock(self) -> None:
-        """Requests expire in the order they were made."""
-        self._timer = None
-        oldest = next(iter(self._pending.values()), None)
-        if oldest is None:
-            return
-        left = oldest.expires - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look_at_clock)
-        else:
-            text = f"no answer within {self._request_s:g} s ({oldest.what})"
-            self._lose(text, os_errno.ETIMEDOUT)
+    def _overdue(self, pending: Pending) -> None:
+        text = f"no answer within {self._request_s:g} s ({pending.what})"
+        self._lose(text, os_errno.ETIMEDOUT)
 
     # --- receiving -----------------------------------------------------------------------
 
@@ -348,7 +287,7 @@ class Client:
         if payload is not None and payload.length >= DIRECT:
             return self._receive_payload(payload)
         view = self._scratch
-        if self._bulky:
+        if self._flight.bulky:
             view = view[: HEADER_WINDOW + (payload.length if payload is not None else 0)]
         count = self._channel.receive_into(view)
         if not count:
@@ -358,7 +297,7 @@ class Client:
         return count == len(view)
 
     def _receive_payload(self, payload: Payload) -> bool:
-        pending = self._pending[payload.cookie]
+        pending = self._flight[payload.cookie]
         if pending.buffer is None:
             view = self._scratch[: payload.length]
         else:
@@ -380,13 +319,9 @@ class Client:
 
     def _take(self, answer: Answer) -> None:
         if isinstance(answer, Done):
-            pending = self._pending.pop(answer.cookie)
-            self._finish(pending)
-            pending.settle(self.name, answer.failure)
-            if not self._pending:
-                self._quiet.set()
+            self._flight.done(answer.cookie).settle(self.name, answer.failure)
             return
-        pending = self._pending[answer.cookie]
+        pending = self._flight[answer.cookie]
         if isinstance(answer, Data):
             pending.take(answer.offset, answer.data)
         elif isinstance(answer, Hole):
@@ -408,13 +343,7 @@ class Client:
             return
         self.lost = f"{self.name}: {why}"
         self._release()
-        for pending in self._pending.values():
-            self._finish(pending)
-            pending.lose(self.lost, errno)
-        self._pending.clear()
-        self._quiet.set()
-        while self._waiting:
-            self._wake()
+        self._flight.lose(self.lost, errno)
         if not self._closed:
             self.on_lost()
 
@@ -424,32 +353,26 @@ class Client:
             self._watch.remove(fd)
             self._outbox.close()
             self._channel.close()
-        if self._timer is not None:
-            self._timer.cancel()
         self.on_closed()
 
     async def finish(self) -> None:
         """Wait until everything that was asked has been answered or has failed."""
-        while self._pending or self._waiting:
-            self._quiet.clear()
-            await self._quiet.wait()
+        await self._flight.finish()
 
     async def close(self) -> None:
         """Say goodbye and close; who still waits for an answer gets an error. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        for pending in self._pending.values():
+        for pending in self._flight:
             pending.lose(f"{self.name} was closed", os_errno.EBADF)
             self.abandon(pending)
-        while self._waiting:
-            self._wake()
+        self._flight.wake_all()
         try:
-            if self._pending:
-                self._quiet.clear()
+            if self._flight:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FAREWELL_S):
-                        await self._quiet.wait()
+                        await self._flight.answered()
         finally:
             self._disconnect()
 

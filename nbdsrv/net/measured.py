@@ -5,7 +5,8 @@
     Reads            served   plain reads, in bytes of their headers: one addition a turn
                      begun    those of them that threads answer
     AfarReads        begun    reads that another server answers
-    everything else  _received  _reads_begun ...
+    Dispatch         what took the long way, by kind
+    everything else  _received
 
 Rule: ints, added to where a batch ends. Nothing here is locked: it belongs to the loop, and what a
 thread counts while it has the connection is the thread's own (``Writes``).
@@ -13,10 +14,8 @@ thread counts while it has the connection is the thread's own (``Writes``).
 
 from time import perf_counter
 
-from nbdsrv.net.afar import AfarReads
+from nbdsrv.net.dispatch import Dispatch
 from nbdsrv.net.measures import Measures, Tally
-from nbdsrv.net.payload import Payloads
-from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.writes import Writes
 
@@ -27,34 +26,36 @@ class Measured:
     """Base of ``Transmission``. ``_quick`` is its: may the next turn take the short way?"""
 
     _quick: bool
-    _sender: Sender
-    _writes: Writes
-    _payloads: Payloads
-    _afar: AfarReads
-    _reads: Reads
 
-    def __init__(self, measures: Measures, frame: int) -> None:
-        """``frame`` is the bytes of a request header."""
+    def __init__(
+        self, measures: Measures, dispatch: Dispatch, sender: Sender, writes: Writes
+    ) -> None:
         self._measures = measures
-        self._frame_size = frame
-        self._received = 0  # bytes, those of ``_answer_reads`` apart
-        self._reads_begun = self._empty_writes = self._others = self._refusals = 0
+        self._dispatch = dispatch
+        self._sender = sender
+        self._writes = writes
+        self._reads = dispatch.reads
+        self._afar = dispatch.afar
+        self._payloads = dispatch.payloads
+        self._frame_size = dispatch.frame.size
+        self._received = 0  # bytes that came with the requests
         self._timed = False
 
     def tally(self) -> Tally:
         """What has been moved so far. A write that a thread is storing right now may be missing."""
-        writes, sender, payloads = self._writes, self._sender, self._payloads
+        dispatch, writes, sender = self._dispatch, self._writes, self._sender
+        payloads = self._payloads
         begun = self._afar.begun // self._frame_size
         taken = self._reads.served // self._frame_size
         quick = taken - self._reads.begun
         return Tally(
             received=self._received + writes.received + payloads.received,
             sent=sender.sent + sender.out.sent + writes.sent,
-            reads=taken + begun + self._reads_begun,
+            reads=taken + begun + dispatch.reads_begun,
             quick=quick,
-            writes=writes.stored + payloads.slow_writes + self._empty_writes,
-            others=self._others,
-            refused=self._refusals,
+            writes=writes.stored + payloads.slow_writes + dispatch.empty_writes,
+            others=dispatch.others,
+            refused=dispatch.refusals,
         )
 
     @property

@@ -22,52 +22,31 @@ Rules:
 import asyncio
 import logging
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from nbdsrv.disk.disk import Ability, Disk
+from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import make_resident
-from nbdsrv.disk.runs import RemoteRun, Run
-from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.dispatch import LAST, Dispatch
 from nbdsrv.net.measured import Measured
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.outgoing import FilePart
-from nbdsrv.net.packed import PackedReads
-from nbdsrv.net.payload import Payloads, Refusal
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
-from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
-from nbdsrv.net.slow import Answer, SlowRequests
+from nbdsrv.net.slow import Answer
 from nbdsrv.net.stall import Stall
 from nbdsrv.net.writes import Streak, Writes
-from protocol.constants import (
-    EXTENDED_REQUEST_MAGIC,
-    REQUEST_MAGIC,
-    Command,
-    CommandFlag,
-    Dialect,
-    Errno,
-)
 from protocol.handshake.events import Agreement
-from protocol.headers import (
-    EXTENDED_REQUEST,
-    REQUEST,
-)
 from protocol.replies import encoder
-from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules
 
 __all__ = ["Transmission"]
 
 log = logging.getLogger(__name__)
 
-MAX_FETCH = 1 << 20
-"""Bytes one thread reads in one go for a cold READ."""
 TURN_REQUESTS = 256
 """Requests served before the other clients have their turn (about a millisecond)."""
 GRACE_S = 1.0
 """Seconds a busy client has to leave when the server stops."""
-
-SHUTDOWN: Refusal = (Errno.ESHUTDOWN, "the server is shutting down")
 
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
@@ -96,58 +75,28 @@ class Transmission(Measured):
         self._channel = channel
         self._disk = disk
         self._on_closed = on_closed
-        dialect = agreement.dialect
-        extended = dialect is Dialect.EXTENDED
-        self._frame = EXTENDED_REQUEST if extended else REQUEST
-        super().__init__(measures, self._frame.size)
-        self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
-        self._framing = Framing(dialect)
-        self._rules = Rules(
-            size=agreement.export.size,
-            flags=agreement.flags,
-            dialect=dialect,
-            block_sizes=agreement.export.block_sizes,
-            has_contexts=bool(agreement.contexts),
-        )
-        self._encoder = encoder(dialect)
-        self._slow = SlowRequests(
-            disk, reactor, self._encoder, agreement.contexts, self._deliver, measures
-        )
-        self._afar = AfarReads(
-            disk, reactor, self._encoder, dialect, self._slow, self._deliver, measures
-        )
-        self._packed = PackedReads(
-            disk, reactor, self._encoder, self._slow, self._deliver, measures
-        )
-        self._remote = disk.remote
         self._sender = Sender(reactor, channel, self._warm)
-        self._reads = Reads(
-            *(disk, reactor, self._sender, self._encoder, dialect, channel.secure), self._unpack
-        )
         self._writes = Writes(
-            disk, reactor, channel, self._encoder, dialect, self._streak_ended, measures
+            *(disk, reactor, channel, encoder(agreement.dialect), agreement.dialect),
+            *(self._streak_ended, measures),
         )
-        self._payloads = Payloads(
-            reactor,
-            channel,
-            self._rules,
-            tuple(agreement.contexts),
-            self._writes,
-            self._slow,
-            refuse=self._refuse,
+        self._dispatch = Dispatch(
+            *(reactor, channel, disk, agreement, self._sender, self._writes),
+            deliver=self._deliver,
             memory_is_back=self._memory_is_back,
-            direct_fua=Ability.DIRECT_FUA in disk.abilities,
+            measures=measures,
         )
+        super().__init__(measures, self._dispatch, self._sender, self._writes)
+        self._slow = self._dispatch.slow
+        self._remote = disk.remote
         self._left = b""
         self._more = False
         self._end_of_stream = False
         self._ending = False
         self._closed = False
-        self._draining = False
-        self._refused = False
         # Nothing is half done that the next turn would have to go on with.
         self._quick = False
-        self._turn_length = TURN_REQUESTS * self._frame.size
+        self._turn_length = TURN_REQUESTS * self._frame_size
         self._stall = Stall(reactor.buffers, self._progress, self._give_up)
         self._mask = _READ
 
@@ -175,14 +124,14 @@ class Transmission(Measured):
         """
         if self._closed:
             return
-        self._draining = True
+        self._dispatch.draining = True
         self._quick = False
         idle = not (self._slow.in_flight or self._writes.lent or self._sender.out.parts)
         self._writes.recalled = True
         if not self._writes.lent:
             self._more = False
             self.resume()
-            idle = idle and not self._refused
+            idle = idle and not self._dispatch.turned_away
         if idle:
             self._finish()
         else:
@@ -273,7 +222,7 @@ class Transmission(Measured):
     def _after(self) -> None:
         """Close if all is done, else watch for what is needed next."""
         half_done = self._left or self._payloads.arriving or self._end_of_stream
-        self._quick = not (half_done or self._draining or self._timed)
+        self._quick = not (half_done or self._dispatch.draining or self._timed)
         if self._closed or self._writes.lent:
             self._mask = 0
             return
@@ -369,7 +318,7 @@ class Transmission(Measured):
 
     def _keep(self, rx: memoryview, at: int, end: int) -> None:
         """What could not be served yet waits until the next turn."""
-        self._more = end - at >= self._frame.size or self._channel.pending()
+        self._more = end - at >= self._frame_size or self._channel.pending()
         if at < end:
             self._left = bytes(rx[at:end])
         if self._end_of_stream and not self._more:
@@ -396,14 +345,14 @@ class Transmission(Measured):
 
     def _consume(self, rx: memoryview, at: int, end: int) -> int:
         """Serve the requests in ``rx[at:end]``; returns how far it got."""
-        size, sender = self._frame.size, self._sender
+        size, sender = self._frame_size, self._sender
         requests = 0
         while end - at >= size:
-            if self._remote and not self._draining:
+            if self._remote and not self._dispatch.draining:
                 at = self._afar.serve(rx, at, min(end, self._turn_length))
                 if end - at < size or at >= self._turn_length or not self._may_read():
                     break
-            elif not self._draining:
+            elif not self._dispatch.draining:
                 before = at
                 at = self._reads.serve(rx, at, min(end, at + self._turn_length))
                 requests += (at - before) // size
@@ -416,77 +365,17 @@ class Transmission(Measured):
                     if end - at < size:
                         break
             requests += 1
-            key, cookie, offset, length = self._frame.unpack_from(rx, at)
-            request = Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length)
-            after = self._general(rx, at, end, request, key >> 32)
+            after = self._dispatch.serve(rx, at, end)
             if after < 0:
+                if after == LAST:
+                    self._ending = True
+                    at = end
                 break
             at = after
             if requests >= TURN_REQUESTS or not self._may_read():
                 break
         sender.push()
         return at
-
-    def _general(self, rx: memoryview, at: int, end: int, request: Request, magic: int) -> int:
-        """Serve any request; returns where the next one begins, or -1 to come back to this one."""
-        if magic != self._magic:
-            self._sender.push()
-            raise ConnectionError(f"bad request magic {magic:#x}")
-        body = at + self._frame.size
-        if request.command == Command.DISC:
-            self._ending = True
-            return end
-        length = self._framing.payload_length(request)
-        if length > MAX_PAYLOAD:
-            self._refuse(request, Errno.EINVAL, f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
-            self._ending = True
-            return end
-        refusal = self._rules.check(request)
-        if self._draining:
-            refusal, self._refused = SHUTDOWN, True
-        if refusal is not None:
-            if length > end - body:
-                self._payloads.skip(request, length - (end - body), refusal)
-                return end
-            self._refuse(request, *refusal)
-            return body + length
-        if length:
-            return self._payloads.receive(request, rx, body, end)
-        if request.command == Command.BLOCK_STATUS and request.flags & CommandFlag.PAYLOAD_LEN:
-            self._refuse(request, Errno.EINVAL, "PAYLOAD_LEN without a payload")
-            return body
-        if request.command == Command.READ:
-            self._reads_begun += 1
-            self._read(request)
-        elif request.command == Command.WRITE:
-            self._empty_writes += 1
-            self._sender.emit(self._encoder.done(request.cookie, request.offset))
-        else:
-            self._others += 1
-            self._slow.start(request, self._slow.perform(request))
-        return body
-
-    def _read(self, request: Request) -> None:
-        if self._reads.read(request):
-            return
-        runs = self._reads.runs(request)
-        if runs is not None and isinstance(runs[0], RemoteRun):
-            if self._afar.begin(request.cookie, request.offset, request.length):
-                return
-            runs = None
-        if runs is not None and request.length <= MAX_FETCH:
-            if not self._packed.begin(request, runs):
-                self._slow.fetch(request, runs)
-        else:
-            self._slow.start(request, self._slow.read(request))
-
-    def _unpack(self, request: Request, runs: Sequence[Run], away: bool) -> bool:  # noqa: FBT001
-        """For ``Reads``: have threads get blocks."""
-        if self._slow.full():
-            return False
-        if away or not self._packed.begin(request, runs):
-            self._slow.fetch(request, runs)
-        return True
 
     # --- stalling ------------------------------------------------------
 
@@ -533,7 +422,3 @@ class Transmission(Measured):
             self._lost(error)
         else:
             self._after()
-
-    def _refuse(self, request: Request, errno: Errno, text: str) -> None:
-        self._refusals += 1
-        self._sender.emit(self._encoder.error(request.cookie, request.offset, errno, text))

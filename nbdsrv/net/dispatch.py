@@ -1,0 +1,188 @@
+"""Which way a request takes.
+
+::
+
+                 ┌ not ours, or too long ──> the last one: nothing behind it can be found
+    header ──────┼ refused ────────────────> its payload is skipped, then an error
+    at ``at``    ├ with a payload ─────────> Payloads ─> Writes | SlowRequests
+                 ├ READ ── in memory ──────> Reads
+                 │         encoded blocks ─> PackedReads (a processor) | SlowRequests (a disk)
+                 │         another server's > AfarReads
+                 └ all else ───────────────> SlowRequests
+
+Plain reads that follow each other never come here: ``Reads.serve`` takes them as they lie, and
+hands on those of blocks (``_unpack``). Belongs to the loop, and never blocks it.
+"""
+
+from collections.abc import Callable, Sequence
+
+from nbdsrv.disk.disk import Ability, Disk
+from nbdsrv.disk.runs import RemoteRun, Run
+from nbdsrv.net.afar import AfarReads
+from nbdsrv.net.channel import Channel
+from nbdsrv.net.measures import Measures
+from nbdsrv.net.packed import PackedReads
+from nbdsrv.net.payload import Payloads, Refusal
+from nbdsrv.net.reactor import Reactor
+from nbdsrv.net.reads import Reads
+from nbdsrv.net.sender import Sender
+from nbdsrv.net.slow import Answer, SlowRequests
+from nbdsrv.net.writes import Writes
+from protocol.constants import (
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST_MAGIC,
+    Command,
+    CommandFlag,
+    Dialect,
+    Errno,
+)
+from protocol.handshake.events import Agreement
+from protocol.headers import EXTENDED_REQUEST, REQUEST
+from protocol.replies import encoder
+from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules
+
+__all__ = ["AGAIN", "LAST", "Dispatch"]
+
+MAX_FETCH = 1 << 20
+"""Bytes one thread reads in one go for a cold READ."""
+AGAIN = -1
+"""Of ``Dispatch.serve``: come back to this request."""
+LAST = -2
+"""Of ``Dispatch.serve``: nothing behind it is to be looked at."""
+
+SHUTDOWN: Refusal = (Errno.ESHUTDOWN, "the server is shutting down")
+
+
+class Dispatch:
+    """One client's requests.
+
+    Attributes:
+        frame: of a request's header.
+        draining: are all requests refused, since the server stops?
+        turned_away: has one been, for that?
+        reads_begun: READs that came here.
+        empty_writes: WRITEs of nothing.
+        others: other requests begun.
+        refusals: errors for what was not begun at all.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        channel: Channel,
+        disk: Disk,
+        agreement: Agreement,
+        sender: Sender,
+        writes: Writes,
+        *,
+        deliver: Callable[[Answer], None],
+        memory_is_back: Callable[[], None],
+        measures: Measures,
+    ) -> None:
+        """``deliver`` sends an answer and becomes the owner of its buffers."""
+        dialect = agreement.dialect
+        extended = dialect is Dialect.EXTENDED
+        self.frame = EXTENDED_REQUEST if extended else REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        self._framing = Framing(dialect)
+        self._rules = Rules(
+            size=agreement.export.size,
+            flags=agreement.flags,
+            dialect=dialect,
+            block_sizes=agreement.export.block_sizes,
+            has_contexts=bool(agreement.contexts),
+        )
+        self._encoder = encoder(dialect)
+        self._sender = sender
+        answering = (disk, reactor, self._encoder)
+        self.slow = SlowRequests(*answering, agreement.contexts, deliver, measures)
+        self.afar = AfarReads(*answering, dialect, self.slow, deliver, measures)
+        self.packed = PackedReads(*answering, self.slow, deliver, measures)
+        self.reads = Reads(
+            *(disk, reactor, sender, self._encoder, dialect, channel.secure), self._unpack
+        )
+        self.payloads = Payloads(
+            reactor,
+            channel,
+            self._rules,
+            tuple(agreement.contexts),
+            writes,
+            self.slow,
+            refuse=self._refuse,
+            memory_is_back=memory_is_back,
+            direct_fua=Ability.DIRECT_FUA in disk.abilities,
+        )
+        self.draining = self.turned_away = False
+        self.reads_begun = self.empty_writes = self.others = self.refusals = 0
+
+    def serve(self, rx: memoryview, at: int, end: int) -> int:
+        """Serve the request whose header is at ``rx[at:]``.
+
+        Returns:
+            Where the next one begins, ``AGAIN`` or ``LAST``.
+
+        Raises:
+            ConnectionError: there is no request, or the client is gone.
+        """
+        key, cookie, offset, length = self.frame.unpack_from(rx, at)
+        request = Request(key & 0xFFFF, key >> 16 & 0xFFFF, cookie, offset, length)
+        if key >> 32 != self._magic:
+            self._sender.push()
+            raise ConnectionError(f"bad request magic {key >> 32:#x}")
+        body = at + self.frame.size
+        if request.command == Command.DISC:
+            return LAST
+        length = self._framing.payload_length(request)
+        if length > MAX_PAYLOAD:
+            self._refuse(request, Errno.EINVAL, f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
+            return LAST
+        refusal = self._rules.check(request)
+        if self.draining:
+            refusal, self.turned_away = SHUTDOWN, True
+        if refusal is not None:
+            if length > end - body:
+                self.payloads.skip(request, length - (end - body), refusal)
+                return end
+            self._refuse(request, *refusal)
+            return body + length
+        if length:
+            return self.payloads.receive(request, rx, body, end)
+        if request.command == Command.BLOCK_STATUS and request.flags & CommandFlag.PAYLOAD_LEN:
+            self._refuse(request, Errno.EINVAL, "PAYLOAD_LEN without a payload")
+            return body
+        if request.command == Command.READ:
+            self.reads_begun += 1
+            self._read(request)
+        elif request.command == Command.WRITE:
+            self.empty_writes += 1
+            self._sender.emit(self._encoder.done(request.cookie, request.offset))
+        else:
+            self.others += 1
+            self.slow.start(request, self.slow.perform(request))
+        return body
+
+    def _read(self, request: Request) -> None:
+        if self.reads.read(request):
+            return
+        runs = self.reads.runs(request)
+        if runs is not None and isinstance(runs[0], RemoteRun):
+            if self.afar.begin(request.cookie, request.offset, request.length):
+                return
+            runs = None
+        if runs is not None and request.length <= MAX_FETCH:
+            if not self.packed.begin(request, runs):
+                self.slow.fetch(request, runs)
+        else:
+            self.slow.start(request, self.slow.read(request))
+
+    def _unpack(self, request: Request, runs: Sequence[Run], away: bool) -> bool:  # noqa: FBT001
+        """For ``Reads``: have threads get blocks."""
+        if self.slow.full():
+            return False
+        if away or not self.packed.begin(request, runs):
+            self.slow.fetch(request, runs)
+        return True
+
+    def _refuse(self, request: Request, errno: Errno, text: str) -> None:
+        self.refusals += 1
+        self._sender.emit(self._encoder.error(request.cookie, request.offset, errno, text))
