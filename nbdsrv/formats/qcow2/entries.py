@@ -256,10 +256,12 @@ class Entries:
         size = self._cluster // SUBCLUSTERS
         start = word & OFFSET_MASK
         file = self._data_file
-        if file is not None and start != guest:
+        # A cluster of zero and absent subclusters only has no place, in either file.
+        placed = bool(start or bitmap & _ALL_DATA)
+        if placed and file is not None and start != guest:
             yield Segment(span, _BLOCK, fault_key(where, Fault.DATA_FILE))
             return
-        if file is None:
+        if placed and file is None:
             claims.append(Claim(start, start + span, not (self.active and word & COPIED)))
         limit = (file or self._file).size
         for at in range(0, span, size):

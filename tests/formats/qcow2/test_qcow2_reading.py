@@ -157,6 +157,17 @@ async def test_external_data_file(
     await check_disk(opener(path, workers), golden)
 
 
+async def test_zero_subclusters_that_the_data_file_has_no_cluster_for(
+    tmp_path: Path, workers: Workers
+) -> None:
+    data = tmp_path / "data.raw"
+    path = create(tmp_path / "outside.qcow2", "1M", "-o", f"data_file={data},extended_l2=on")
+    qemu_io(path, "write -P 1 0 64k", "write -z 128k 4k", "write -z 192k 64k")
+    golden = read_by_qemu(path)
+    await check_as_qemu(path, golden, workers)
+    await check_disk(opener(path, workers), golden, extents_granularity=2048)
+
+
 async def test_a_missing_data_file_is_named_with_its_image(
     tmp_path: Path, workers: Workers
 ) -> None:
