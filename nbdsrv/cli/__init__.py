@@ -1,7 +1,9 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
 import logging
+import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 import click
@@ -59,6 +61,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
+    _occupy_standard_descriptors()
     if logging.lastResort is not None:  # the warnings of commands that keep no log
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
@@ -77,10 +80,42 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; so may we
         code = 1
+    except OSError as error:
+        if not _printing(error):
+            raise
+        code = _fail(f"writing standard output: {error.strerror}", 1)
+        with suppress(OSError):
+            sys.stdout.close()  # what it still holds would fail once more at the exit
     sys.exit(code)
 
 
 def _fail(text: str, code: int) -> int:
     line = " ".join(text.split())
-    click.echo(f"nbdsrv: {line}", err=True)
+    try:
+        click.echo(f"nbdsrv: {line}", err=True)
+    except OSError:  # nothing is left to say it with
+        with suppress(OSError):
+            sys.stderr.close()
     return code
+
+
+def _occupy_standard_descriptors() -> None:
+    """Those we were started without (``2>&-``) lead nowhere.
+
+    A disk that is opened must not get their numbers: what is printed would be written into it.
+    """
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(fd, fd <= 2)
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _printing(error: OSError) -> bool:
+    """Was it raised by what prints?"""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_code is click.echo.__code__
