@@ -16,6 +16,7 @@ Rules:
 
 import os
 import re
+import unicodedata
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -27,7 +28,7 @@ from nbdsrv.errors import DiskError, UnsupportedImage
 from nbdsrv.formats.image_file import ImageFile, open_image_file
 from nbdsrv.formats.probe import probe_file
 
-__all__ = ["MAX_CHAIN", "Opening", "open_image"]
+__all__ = ["MAX_CHAIN", "Opening", "is_name", "open_image"]
 
 MAX_CHAIN = 64
 """Images in a chain. Backup chains reach 30 or so; each costs descriptors and a look-up."""
@@ -53,6 +54,8 @@ _FORMATS = {
 
 _WITH_MEMBERS = frozenset({"ova", "xva", "gzip", "xz", "zstd"})
 """Archives, and what may hold one."""
+_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode's categories of control characters, and of separators of lines and paragraphs."""
 _PROTOCOL = re.compile(r"(json:|[A-Za-z][A-Za-z0-9+.-]+:(?!\\))")
 
 
@@ -109,13 +112,26 @@ class Opening:
                     f"{child.path}: its parent {name!r} is not a plain file name; not followed"
                 )
             name = name.removeprefix("file:")
-        if not name or "\0" in name or not name.isprintable():
+        if not is_name(name):
             raise child.corrupt(0, f"its parent's name is {name!r}")
         return os.path.join(os.path.dirname(child.path), name)
 
     def plain(self) -> "Opening":
         """The same without selectors, for an image within."""
         return replace(self, snapshot="", member="")
+
+
+def is_name(name: str) -> bool:
+    """May a file that an image asks for be called so?
+
+    Any bytes and any letters, as files are; but nothing that would end a line or control a
+    terminal where the name is shown.
+    """
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, out of UTF-16
+        return False
+    return bool(name) and not any(unicodedata.category(each) in _CONTROLS for each in name)
 
 
 async def open_image(path: str, kind: str, opening: Opening) -> Disk:

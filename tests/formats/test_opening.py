@@ -81,7 +81,23 @@ async def test_a_parent_that_is_not_a_file_is_not_followed(
     child.close()
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "a\nb"])
+ODD_NAMES = ["disk\u00a0 1.img", "\u3000.img", "a\u200d\U0001f4be.img", "\udcff\udcfe.img"]
+"""Spaces of other widths, a joiner in an emoji, bytes that are no UTF-8."""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+async def test_a_parent_may_be_called_as_files_are(
+    workers: Workers, tmp_path: Path, name: str
+) -> None:
+    data = os.urandom(MIB)
+    (tmp_path / name).write_bytes(data)
+    overlay(tmp_path / "top.qcow2", name, "raw")
+    disk = await open_image(str(tmp_path / "top.qcow2"), "", Opening(workers))
+    assert data == await content(disk, 0, MIB)
+    await disk.close()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a\nb", "a\x1b[2Jb", "a\u2028b", "a\ud800b"])
 async def test_a_name_that_is_none_is_corrupt(workers: Workers, tmp_path: Path, name: str) -> None:
     (tmp_path / "child").write_bytes(b"")
     child = open_image_file(str(tmp_path / "child"))

@@ -20,6 +20,7 @@ from itertools import pairwise
 
 from nbdsrv.errors import DiskError, UnsupportedImage
 from nbdsrv.formats.image_file import ImageFile, open_image_file
+from nbdsrv.formats.opening import is_name
 from nbdsrv.formats.vmdk.compressed import CompressedExtent
 from nbdsrv.formats.vmdk.descriptor import (
     MAX_DESCRIPTOR,
@@ -166,7 +167,7 @@ def _open_sparse(file: ImageFile, size: int) -> Extent:
 
 
 def _open_file(file: ImageFile, name: str) -> ImageFile:
-    if not name.isprintable():
+    if not is_name(name):
         raise file.corrupt(0, f"an extent's name is {name[:60]!r}")
     name = local_name(name)
     if _URL.match(name):

@@ -108,6 +108,15 @@ async def test_sizes_around_grain_and_table(
     await disk.close()
 
 
+async def test_extents_are_called_as_files_are(tmp_path: Path, workers: Workers) -> None:
+    raw = golden(MIB)
+    path = converted(tmp_path, "monolithicFlat", raw, "disk\u00a01")
+    disk = await opened(workers, path)
+    found = await content(disk, 0, disk.size)
+    await disk.close()
+    assert found == raw
+
+
 async def test_split_into_several_files(tmp_path: Path, workers: Workers) -> None:
     # Extents of 2 GiB: data around the border between two.
     path = tmp_path / "disk.vmdk"
