@@ -138,7 +138,13 @@ def _name_from(image: str, backing: str) -> str:
     """The name of ``backing`` as ``image`` must call it: from its own directory."""
     if os.path.isabs(backing):
         return backing
-    return os.path.relpath(backing, os.path.dirname(os.path.realpath(image)))
+    # "link/../base" is not "base": what relpath takes away must not be a link.
+    directory, last = os.path.split(backing)
+    found = os.path.join(os.path.realpath(directory), last)
+    name = os.path.relpath(found, os.path.dirname(os.path.realpath(image)))
+    if ":" in name.partition("/")[0]:
+        return f"./{name}"  # or else it names a protocol
+    return name
 
 
 async def open_in_place(

@@ -126,6 +126,21 @@ def test_a_relative_backing_file_is_named_from_the_image(tmp_path: Path, source:
     same_as(golden(), tmp_path / "tops" / "top.qcow2", "qcow2")
 
 
+def test_a_backing_file_whose_name_is_easily_taken_for_another(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+    monkeypatch.chdir(tmp_path)
+    os.rename(source, "vm:1.img")
+    done("./vm:1.img", "top.qcow2", "--backing", "vm:1.img")  # not a protocol called vm
+    same_as(golden(), tmp_path / "top.qcow2", "qcow2")
+    os.makedirs("elsewhere/deep")
+    os.symlink("elsewhere/deep", "link")
+    os.rename("vm:1.img", "elsewhere/base.img")
+    done("elsewhere/base.img", "other.qcow2", "--backing", "link/../base.img")  # not base.img
+    same_as(golden(), tmp_path / "other.qcow2", "qcow2")
+
+
 @pytest.mark.parametrize("kind", ["qcow2", "vhd", "vmdk"])
 def test_back_to_raw_it_is_sparse_again(tmp_path: Path, source: Path, kind: str) -> None:
     image, back = tmp_path / f"disk.{kind}", tmp_path / "back.img"
