@@ -184,6 +184,8 @@ def _refuse_itself(order: Order) -> None:
         wanted = os.stat(target.location)
     except (OSError, ValueError):
         return
+    if not stat.S_ISREG(wanted.st_mode) and not stat.S_ISBLK(wanted.st_mode):
+        return  # not written to either; the writer says why
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found = os.stat(f"/proc/self/fd/{name}")

@@ -202,6 +202,10 @@ def test_the_source_is_never_its_own_target(tmp_path: Path, source: Path) -> Non
     assert source.read_bytes() == golden()
 
 
+def test_a_target_that_is_no_disk_is_named_as_such(source: Path) -> None:
+    assert "not a regular file" in refusal(1, "copy", source, "/dev/null", "--force")
+
+
 def test_nor_is_an_image_below_the_source(tmp_path: Path, source: Path) -> None:
     top = tmp_path / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", source, "-F", "raw", top)
