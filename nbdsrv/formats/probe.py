@@ -11,6 +11,8 @@ vmdk       ``KDMV`` ``COWD`` descriptor 0
 vdi        0xbeda107f little-endian     64
 parallels  ``WithoutFreeSpace`` ...     0
 luks       ``LUKS\xba\xbe``             0
+qed        ``QED\0``                    0
+vma        ``VMA\0``                    0
 vhd        ``conectix``                 0 or end - 512
 ova        tar, first member ``*.ovf``  0 and 257
 xva        tar, first ``ova.xml``       0
@@ -38,6 +40,8 @@ _AT_START = (
     (b"WithoutFreeSpace", "parallels"),
     (b"WithouFreSpacExt", "parallels"),
     (b"LUKS\xba\xbe", "luks"),
+    (b"QED\0", "qed"),  # QEMU's old format, and Proxmox VE's archives: not served, but no disks
+    (b"VMA\0", "vma"),
     (b"conectix", "vhd"),
     (b"\xfd7zXZ\0", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstd"),

@@ -61,12 +61,15 @@ def test_no_permission_to_write(disk: Path) -> None:
     assert said == f"nbdsrv: {disk}: Permission denied\n"
 
 
-def test_a_format_that_is_not_served(tmp_path: Path) -> None:
-    path = tmp_path / "disk.luks"
-    path.write_bytes(b"LUKS\xba\xbe" + bytes(1 << 20))
+@pytest.mark.parametrize(
+    ("kind", "magic"), [("luks", b"LUKS\xba\xbe"), ("qed", b"QED\0"), ("vma", b"VMA\0")]
+)
+def test_a_format_that_is_not_served(tmp_path: Path, kind: str, magic: bytes) -> None:
+    path = tmp_path / f"disk.{kind}"
+    path.write_bytes(magic + bytes(1 << 20))
     for command in COMMANDS:
         said = refusal(FAILED, command, path)
-        assert f"{path}: luks" in said
+        assert f"{path}: {kind}" in said
         assert f"raw:{path}" in said
 
 

@@ -30,6 +30,7 @@ QEMU_FORMATS = [
     ("vmdk", "vmdk", ("subformat=streamOptimized",)),
     ("vdi", "vdi", ()),
     ("parallels", "parallels", ()),
+    ("qed", "qed", ()),
 ]
 
 
