@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
+import io
 import logging
 import os
 import sys
@@ -62,6 +63,7 @@ def cli() -> None:
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
     _occupy_standard_descriptors()
+    _buffer_output()
     if logging.lastResort is not None:  # the warnings of commands that keep no log
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
@@ -111,6 +113,18 @@ def _occupy_standard_descriptors() -> None:
     os.close(fd)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _buffer_output() -> None:
+    """Print through a buffer also if ``PYTHONUNBUFFERED`` asks for none.
+
+    Without one Python takes a write that went half through for a whole one, and the rest is lost
+    without a word. uvloop's io_uring makes the kernel end a long write to a pipe early.
+    """
+    out = sys.stdout
+    if isinstance(getattr(out, "buffer", None), io.RawIOBase):
+        encoding, errors = out.encoding, out.errors
+        sys.stdout = open(1, "w", 1, encoding, errors, closefd=False)  # noqa: SIM115
 
 
 def _printing(error: OSError) -> bool:

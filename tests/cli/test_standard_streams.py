@@ -1,5 +1,6 @@
 """Standard input, output and error that are full or were never opened."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -61,3 +62,29 @@ def test_streams_that_are_closed_are_done_without(tmp_path: Path, disk: Path, cl
 def test_a_copy_to_an_output_that_is_closed_is_refused(disk: Path) -> None:
     ran = run(">&-", "copy", disk, "-")
     assert (ran.returncode, ran.stderr) == (2, b"nbdsrv: -: standard output is closed\n")
+
+
+@BUFFERING
+def test_output_is_printed_whole_or_its_loss_is_told_of(tmp_path: Path, unbuffered: str) -> None:
+    path = tmp_path / "fragmented.img"
+    with open(path, "wb") as file:
+        for place in range(0, 2000 * 8192, 8192):
+            os.pwrite(file.fileno(), b"x", place)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)  # the kernel takes a part of it
+    try:
+        ran = subprocess.run(
+            [*COMMAND, "map", "--json", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=writes,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+            check=False,
+            env=environment({"PYTHONUNBUFFERED": unbuffered}),
+        )
+    finally:
+        os.close(reads)
+        os.close(writes)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(b"nbdsrv: writing standard output: ")
+    assert ran.stderr.count(b"\n") == 1
