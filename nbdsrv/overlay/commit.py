@@ -22,7 +22,7 @@ from nbdsrv.export.opener import open_source
 from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.door import FROZEN, MAX_PATH
 from nbdsrv.overlay.layered import DIRTY_CONTEXT
-from nbdsrv.overlay.opening import open_overlay
+from nbdsrv.overlay.opening import reopen_overlay
 from nbdsrv.overlay.place import SOCKET_NAME, in_use, read_description
 from nbdsrv.overlay.source import base_source
 from nbdsrv.repository.destination import Destination
@@ -65,9 +65,8 @@ async def frozen_disk(path: str, workers: Workers, contexts: Sequence[str]) -> A
         return
     found = await workers.look_up(described, path)
     base = await open_source(base_source(found), workers)
-    directory = os.path.dirname(os.path.abspath(path))  # noqa: ASYNC240 - no more than getcwd
     whole = "of_point" not in found.base and "part" not in found.base
-    overlay = await open_overlay(base, directory, found.export, found.source, whole=whole)
+    overlay = await reopen_overlay(base, path, whole=whole)
     try:
         frozen = await overlay.freeze()
         try:

@@ -13,7 +13,7 @@ import pytest
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
-from nbdsrv.overlay.place import in_use
+from nbdsrv.overlay.place import directory_name, in_use
 from nbdsrv.source.nbd import open_nbd
 from tests.disk.reading import content
 from tests.overlay.bases import make_base
@@ -149,6 +149,27 @@ async def test_commit_while_the_guest_writes(tmp_path: Path, workers: Workers) -
     assert row["selector"] == f"vm1/sda@{first['point']}"
     nbdsrv("overlay", "drop", overlay)
     assert nbdsrv_json("overlay", "ls", f"{tmp_path}/ov") == []
+
+
+async def test_a_commit_is_of_the_directory_that_was_named(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """Renamed, linked to, copied: the overlay is what lies there, not what its export is called."""
+    repository, base = repository_with_a_point(tmp_path)
+    model = bytearray(base)
+    with running_server(tmp_path / "s", repository, "--overlay", f"{tmp_path}/ov"):
+        guest = await open_nbd(uri(tmp_path / "s", "vm1/sda"), workers, writable=True)
+        await guest.write(2 * BLOCK, memoryview(b"written!" * 512))
+        await guest.close()
+    model[2 * BLOCK : 3 * BLOCK] = b"written!" * 512
+    kept, link = tmp_path / "ov" / "kept", tmp_path / "link"
+    (tmp_path / "ov" / directory_name("vm1/sda@latest")).rename(kept)
+    link.symlink_to(kept)
+    for path in (kept, link):
+        (row,) = nbdsrv_json("overlay", "commit", str(path), "--to", repository)
+        nbdsrv("copy", f"{repository}#vm1/sda@{row['point']}", f"{tmp_path}/back.raw", "--force")
+        assert (tmp_path / "back.raw").read_bytes() == bytes(model)
+    assert [each.name for each in (tmp_path / "ov").iterdir()] == ["kept"]
 
 
 async def test_a_commit_into_the_remote_of_xen_orchestra_that_the_base_lies_in(
