@@ -11,11 +11,13 @@ what was answered for written. QEMU then sends a FLUSH alone, and believes it. S
 written down here, without a sync, before the change is answered.
 
 It counts only while the kernel runs that has these pages: the boot id tells. After a power cut it
-may say that bytes are in the data file which never got to the disk, and is forgotten.
+may say that bytes are in the data file which never got to the disk, and is forgotten. Where the
+boot id is hidden (systemd's ``ProcSubset=pid``) it never counts, and the log says so.
 
 Rule: everything here blocks; any thread may call ``mark``.
 """
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -27,7 +29,10 @@ from nbdsrv.overlay.states import DATA, ZERO
 
 __all__ = ["RECENT_NAME", "Recent", "boot_id"]
 
+log = logging.getLogger(__name__)
+
 RECENT_NAME = "recent"
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 MAGIC = b"NBDRECNT"
 _HEADER = Struct("<8s36s16s")
 MARKS_AT = 4096
@@ -44,7 +49,7 @@ _BYTES = {state: bytes([state]) * _PAGE_BLOCKS for state in (DATA, ZERO)}
 def boot_id() -> bytes:
     """Of the running kernel, 36 letters; empty where that is not told."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        with open(BOOT_ID, "rb") as file:
             found = file.read(64).strip()
     except OSError:
         return b""
@@ -71,6 +76,9 @@ class Recent:
         self._known: dict[int, bytearray] = {}
         self._fd = os.open(RECENT_NAME, flags, 0o600, dir_fd=directory)
         boot = boot_id()
+        if not boot:
+            text = "what is not flushed is lost when the server is killed"
+            log.warning("overlay.no_boot_id file=%s; %s", BOOT_ID, text)
         header = _HEADER.pack(MAGIC, boot, id_)
         try:
             self._counts = bool(boot) and os.pread(self._fd, _HEADER.size, 0) == header

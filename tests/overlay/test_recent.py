@@ -83,6 +83,28 @@ async def test_after_a_power_cut_it_is_not_believed(
     await overlay.close()
 
 
+async def test_where_the_boot_is_hidden_the_log_says_so(
+    tmp_path: Path,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_base(tmp_path / "base", SIZE)
+    monkeypatch.setattr(recent, "BOOT_ID", str(tmp_path / "hidden"))
+    overlay = await opener(workers, tmp_path / "base", tmp_path / "ov")()
+    await overlay.write(0, memoryview(b"answered" * 512))
+    await overlay.close()
+    assert "overlay.no_boot_id" in caplog.text
+
+
+def test_the_service_sees_which_boot_it_is() -> None:
+    """And the prometheus client the boot's time, which lies in /proc as well."""
+    unit = Path(__file__).parents[2] / "systemd" / "nbdsrv.service"
+    said = [line.partition("=")[::2] for line in unit.read_text().splitlines()]
+    assert ("StateDirectory", "nbdsrv") in said  # overlays
+    assert dict(said).get("ProcSubset", "all") == "all"
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 40_000), st.integers(1, 9000), st.sampled_from((1, 2))),
