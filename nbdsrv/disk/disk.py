@@ -65,6 +65,7 @@ class Disk(ABC):
         contexts: names of the meta contexts ``status`` answers for.
         epoch: changes whenever something ``locate`` answered may no longer be true.
         workers: the threads it works on; a wrapper works on those of what it wraps.
+        further_files: paths of what its bytes lie in beside the file it is named after.
         backing: the Disk below, which gives what this one does not have; closed with it.
         remote: are all its bytes elsewhere, so that ``locate`` has nothing to say, and to be had by
             ``begin_read``?
@@ -78,6 +79,7 @@ class Disk(ABC):
     block_sizes: BlockSizes = BlockSizes()
     contexts: tuple[str, ...] = (ALLOCATION, ALLOCATION_DEPTH)
     epoch: int = 0
+    further_files: tuple[str, ...] = ()
     backing: "Disk | None" = None
     remote: bool = False
     landing: Landing | None = None

@@ -36,6 +36,7 @@ class Passthrough(Disk):
         self.abilities = inside.abilities
         self.block_sizes = inside.block_sizes
         self.contexts = inside.contexts
+        self.further_files = inside.further_files
         self.backing = inside.backing
 
     @property

@@ -11,7 +11,8 @@ base                 witness
 ==================== ==========================================================================
 a restore point      group, disk, point id and, of ours, ``image_id``: a hash over the content
 VHD VHDX VMDK VDI    what the format calls the image by, and what it changes when it is written
-any file             size and the time it was last changed, of each file of the chain
+any file             size and the time it was last changed, of each file of the chain: extents,
+                     data files and the archive that it is a member of
 NBD export           its name and size, no more: the server must be trusted
 ==================== ==========================================================================
 
@@ -128,7 +129,8 @@ def identity_of(base: Disk, *, whole: bool = True) -> dict[str, Any]:
             if key in found:
                 found[f"of_{key}"] = found.pop(key)
         found["part"] = base.name.rpartition("~p")[2]
-    files = [witness for witness in map(_witness, _chain(base)) if witness is not None]
+    names = [name for disk in _chain(base) for name in (disk.name, *disk.further_files)]
+    files = [witness for witness in map(_witness, names) if witness is not None]
     if files:
         found["files"] = files
     return found
@@ -143,10 +145,10 @@ def _chain(base: Disk) -> list[Disk]:
     return chain
 
 
-def _witness(disk: Disk) -> dict[str, Any] | None:
-    """Of the file a Disk is called by, if it is one."""
-    path = disk.name.rpartition("~p")[0] or disk.name
-    for candidate in (disk.name, path):
+def _witness(name: str) -> dict[str, Any] | None:
+    """Of the file that a Disk, a partition or a member of an archive is called by, if it is one."""
+    path = name.rpartition("~p")[0] or name
+    for candidate in (name, path, path.rpartition("#")[0]):
         try:
             info = os.stat(candidate)
         except (OSError, ValueError):

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,17 @@ from hypothesis import strategies as st
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
+from nbdsrv.export.grammar import parse_source
+from nbdsrv.export.opener import open_source
 from nbdsrv.overlay.block_map import PAGE_BLOCKS, BlockMap, packed
 from nbdsrv.overlay.facts import overlay_facts
 from nbdsrv.overlay.files import Files
 from nbdsrv.overlay.map_file import read_map
+from nbdsrv.overlay.opening import open_overlay
+from nbdsrv.overlay.overlay import Overlay
 from nbdsrv.overlay.place import Place, directory_name, find_overlay
 from tests.disk.reading import content
+from tests.formats.xva.archive import Vdi, xva
 from tests.overlay.bases import make_base, opener
 
 BLOCK = 4096
@@ -127,6 +134,44 @@ async def test_another_base_is_refused(tmp_path: Path, workers: Workers) -> None
     await (await open_()).close()
     os.truncate(tmp_path / "base", SIZE + 512)
     with pytest.raises(DiskError, match="its size is"):
+        await open_()
+
+
+@pytest.mark.parametrize("kind", ["vmdk extents", "qcow2 data file", "xva"])
+async def test_files_that_a_base_lies_in_count_as_well(
+    tmp_path: Path, workers: Workers, kind: str
+) -> None:
+    """The descriptor, the tables or the name stay as they are while the bytes are others."""
+    base, holding = tmp_path / "base", tmp_path / "holding"
+    if kind == "xva":
+        disk = Vdi("Ref:2", "root", b"before".ljust(1 << 20, b"."), uuid="the-same")
+        base.write_bytes(xva(disk))
+        holding = base
+    elif kind == "qcow2 data file":
+        options = f"data_file={holding},data_file_raw=on,preallocation=metadata"
+        command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, base, "1M")
+        subprocess.run(command, check=True)
+    else:
+        holding.write_bytes(b"before".ljust(1 << 20, b"."))
+        base.write_text(
+            "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+            'createType="monolithicFlat"\nRW 2048 FLAT "holding" 0\n'
+        )
+
+    async def open_() -> Overlay:
+        below = await open_source(parse_source(str(base)), workers)
+        return await open_overlay(below, str(tmp_path / "ov"), "disk", str(base))
+
+    overlay = await open_()
+    await overlay.write(BLOCK, memoryview(b"x"))
+    await overlay.close()
+    await (await open_()).close()
+    if kind == "xva":
+        base.write_bytes(xva(replace(disk, content=b"behind".ljust(1 << 20, b"."))))
+    else:
+        with holding.open("r+b") as file:
+            file.write(b"behind")
+    with pytest.raises(DiskError, match="has been written to since"):
         await open_()
 
 

@@ -98,6 +98,8 @@ class Qcow2Disk(MappedDisk):
         self.page_span = page_span(self.size, header)
         self._layers = layers
         self._data_file = layers.data_file
+        if layers.data_file is not None:
+            self.further_files = (layers.data_file.path,)
         self._l1_position = (snapshot or header).l1_table_offset
         self._entries = Entries(header, layers.file, layers.data_file, active=snapshot is None)
         self._decompress = decompressor(header.compression_type)

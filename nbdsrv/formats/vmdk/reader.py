@@ -71,6 +71,7 @@ class VmdkDisk(MappedDisk):
         self.page_span = max(extent.page_span for extent in layout.extents)
         self._layout = layout
         self._opened = tuple(opened)
+        self.further_files = tuple(each.path for each in self._opened)
         self._extents = tuple(layout.extents)
         self._starts: list[int] = []
         start = 0
@@ -128,6 +129,7 @@ class FlatVmdk(Concat):
         files = [extent.file for extent in layout.extents if extent.file is not None]
         super().__init__(workers, file.path, [RawDisk(workers, part) for part in files])
         self.descriptor = layout.descriptor
+        self.further_files = tuple(part.path for part in files)
         self._file = file
         self._layout = layout
 
