@@ -77,7 +77,7 @@ class Offer:
             self.name,
             self.source,
             self.write,
-            self.overlay,
+            self.overlay and os.path.abspath(self.overlay),
             self.hydrate,
             self.prefix,
             self.passphrase_file,
@@ -131,6 +131,7 @@ class Offers:
             ConfigError: two of them have the same name, or make no sense.
             DiskError: one cannot be opened.
         """
+        _check_bases(offers)
         plan = Plan()
         # An overlay that is leaving is taken back as it is: nobody can open it a second time.
         leaving = [each for each in self._leaving if each[0].overlay is not None]
@@ -201,14 +202,18 @@ class Offers:
             await asyncio.wait(self._closing)
 
     async def _check_in_use(self, offer: Offer) -> None:
-        """An image with tables of its own has one reader of them, if somebody writes it."""
+        """An image with tables of its own has one reader of them, if somebody writes it.
+
+        And nobody writes one that an overlay lies over, tables or not.
+        """
         image = _image(offer)
         for other, served in [*self.served, *self._leaving]:
             if not isinstance(served, Export) or image is None or image != _image(other):
                 continue
             await served.settled()  # an image that is being closed is still being written
-            writes = offer.write or other.write
-            if served.disk is not None and served.disk.format != "raw" and writes:
+            writes = _changes(offer) or _changes(other)
+            plain = served.disk is not None and served.disk.format == "raw" and not offer.overlay
+            if served.disk is not None and not plain and writes:
                 text = f"{served.users} clients use this image as export {served.name!r}"
                 hint = "wait until they have left, or end them with `nbdsrv status --drop ID`"
                 raise ConfigError(f"{text}, and it can only be written by one; {hint}")
@@ -279,11 +284,30 @@ class Offers:
 
 
 def _image(offer: Offer) -> str | None:
-    """The file behind an offer that is an image and opened as it is."""
+    """The file behind an offer that is an image."""
     source = parse_source(offer.source)
-    if source.kind is not Kind.IMAGE or offer.overlay is not None:
-        return None
-    return os.path.realpath(source.location)
+    return os.path.realpath(source.location) if source.kind is Kind.IMAGE else None
+
+
+def _check_bases(offers: Sequence[Offer]) -> None:
+    """What an overlay lies over stays as it is: a writer beside it would show through.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    writers = {_image(offer): offer for offer in offers if _changes(offer)}
+    writers.pop(None, None)
+    for offer in offers:
+        writer = writers.get(_image(offer)) if offer.overlay is not None else None
+        if writer is not None:
+            text = f"clients write to this image, and export {offer.name!r} has an overlay over it"
+            error = ConfigError(f"{text}; give it another image, or this one an overlay as well")
+            raise error if writer.mistake is None else writer.mistake(str(error))
+
+
+def _changes(offer: Offer) -> bool:
+    """Do clients write to the image itself?"""
+    return offer.write and offer.overlay is None
 
 
 def _description(offer: Offer) -> str:

@@ -107,7 +107,11 @@ class Place:
         except BlockingIOError:
             owner = owner_of(path)
             who = f" by process {owner}" if owner else ""
-            text = f"overlay {path} is in use{who}; stop that server, or serve another --overlay"
+            hint = "stop that server, or serve another --overlay"
+            if owner == os.getpid():
+                who += ", this server"
+                hint = "wait until its clients have left, or end them: `nbdsrv status --drop ID`"
+            text = f"overlay {path} is in use{who}; {hint}"
             raise DiskError(text, os_errno.EBUSY) from None
         except OSError as error:
             raise DiskError.from_os(f"overlay {path}", error) from error

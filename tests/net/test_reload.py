@@ -91,7 +91,9 @@ def test_an_overlay_in_use_comes_back_to_its_clients(start: Start, tmp_path: Pat
     guest.write(0, b"guest")
     assert service.reload(export(tmp_path, "b"))["leaving"] == 1
     # Under other terms it would have to be opened anew, which only one can.
-    with pytest.raises(ConfigError, match=r"export.a.source: overlay .* is in use by process"):
+    with pytest.raises(
+        ConfigError, match=r"export.a.source: overlay .* in use by process .*, this server; wait"
+    ):
         service.reload(text.replace("a.img", "b.img"))
     assert service.reload(text) == {"added": ["a"], "removed": ["b"], "changed": [], "leaving": 0}
     other = service.server.connect().enter("a")
@@ -102,6 +104,28 @@ def test_an_overlay_in_use_comes_back_to_its_clients(start: Start, tmp_path: Pat
     assert states(service) == {"a": "served"}
     assert eventually(lambda: serves_what(service, b"guest and another"))
     assert (tmp_path / "a.img").read_bytes() == b"a" * 4096
+
+
+def test_nobody_writes_what_an_overlay_lies_over(start: Start, tmp_path: Path) -> None:
+    under = export(tmp_path, "a", f'overlay = "{tmp_path}/ov"')
+    written = under.replace('"a"', '"w"').replace("overlay =", "write = true\n#")
+    other = export(tmp_path, "b")
+    service = start(under)
+    guest = service.server.connect().enter("a")
+    guest.write(0, b"guest")
+    for text in (under + written, written + under):
+        with pytest.raises(ConfigError, match=r"export.w.source: .* export 'a' has an overlay"):
+            service.reload(text)
+    service.reload(other)  # it leaves, and lies over the image still
+    with pytest.raises(ConfigError, match="1 clients use this image as export 'a'"):
+        service.reload(other + written)
+    guest.disconnect()
+    assert eventually(lambda: states(service) == {"b": "served"})
+    service.reload(other + written)
+    writer = service.server.connect().enter("w")
+    with pytest.raises(ConfigError, match="1 clients use this image as export 'w'"):
+        service.reload(other + under)
+    writer.disconnect()
 
 
 def serves_what(service: Service, expected: bytes) -> bool:
