@@ -67,7 +67,10 @@ class Opened:
             OSError: it cannot be opened.
         """
         replayed = replay(self._place.path, self._place.fd, self.description)
-        self.data_fd = self.files.open(self._place.fd, DATA_NAME, writable=True)
+        try:
+            self.data_fd = self.files.open(self._place.fd, DATA_NAME, writable=True)
+        except FileNotFoundError as error:
+            raise _missing(os.path.join(self.path, DATA_NAME)) from error
         length = -(-self.description.size // BLOCK) * BLOCK
         if os.fstat(self.data_fd).st_size < length:
             where = os.path.join(self.path, DATA_NAME)
@@ -137,11 +140,19 @@ def replay(path: str, directory: int, description: Description) -> Replayed:
         OSError: it cannot be read.
     """
     where = os.path.join(path, MAP_NAME)
-    fd = Files().open(directory, MAP_NAME, writable=False)
+    try:
+        fd = Files().open(directory, MAP_NAME, writable=False)
+    except FileNotFoundError as error:
+        raise _missing(where) from error
     try:
         return read_map(fd, where, description.id_bytes, description.size)
     finally:
         os.close(fd)
+
+
+def _missing(where: str) -> CorruptImage:
+    text = f"corrupt overlay: {where} is missing; bring it back"
+    return CorruptImage(f"{text}, or give it up by `nbdsrv overlay drop`")
 
 
 def open_files(

@@ -26,6 +26,7 @@ from nbdsrv.overlay.place import Place, directory_name, find_overlay
 from tests.disk.reading import content
 from tests.formats.xva.archive import Vdi, xva
 from tests.overlay.bases import make_base, opener
+from tests.overlay.server import nbdsrv
 
 BLOCK = 4096
 SIZE = 32 * BLOCK
@@ -216,6 +217,23 @@ async def test_lost_description_is_no_reason_to_begin_anew(
         await open_()
     (tmp_path / "kept").rename(tmp_path / "ov" / "disk" / "overlay.json")
     await (await open_()).close()
+
+
+@pytest.mark.parametrize("name", ["map", "data"])
+async def test_a_missing_file_is_told_and_the_rest_can_be_dropped(
+    tmp_path: Path, workers: Workers, name: str
+) -> None:
+    make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    await disk.write(0, memoryview(b"x"))
+    await disk.close()
+    missing = tmp_path / "ov" / "disk" / name
+    missing.unlink()
+    with pytest.raises(CorruptImage, match=f"{missing} is missing"):
+        await open_()
+    nbdsrv("overlay", "drop", str(missing.parent))
+    assert not missing.parent.exists()
 
 
 async def test_a_truncated_data_file_is_told(tmp_path: Path, workers: Workers) -> None:
