@@ -17,9 +17,11 @@ boot id is hidden (systemd's ``ProcSubset=pid``) it never counts, and the log sa
 Rule: everything here blocks; any thread may call ``mark``.
 """
 
+import contextlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from struct import Struct
 
@@ -41,6 +43,7 @@ PIECE = 1 << 20
 MAX_KNOWN = 512
 """Pages (64 MiB of the disk) of which it is remembered what was marked last: 8 MiB of memory."""
 
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _PAGE_BLOCKS = 1 << PAGE_BITS - BLOCK_BITS
 _STRETCH = re.compile(b"\x01+|\x02+")
 _BYTES = {state: bytes([state]) * _PAGE_BLOCKS for state in (DATA, ZERO)}
@@ -57,10 +60,10 @@ def boot_id() -> bytes:
 
 
 class Recent:
-    """The file, open."""
+    """The file, open; made when something is marked: on a full disk there is much to read still."""
 
     def __init__(self, directory: int, id_: bytes, size: int) -> None:
-        """Open it, or make it.
+        """Open it, if it is there.
 
         Args:
             directory: of the overlay, open.
@@ -68,23 +71,28 @@ class Recent:
             size: of the disk.
 
         Raises:
-            OSError: neither can be done.
+            OSError: it cannot be opened.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._directory = directory
         self._blocks = -(-size >> BLOCK_BITS)
         self._known: dict[int, bytearray] = {}
-        self._fd = os.open(RECENT_NAME, flags, 0o600, dir_fd=directory)
+        self._making = threading.Lock()
+        self._fd = -1
         boot = boot_id()
         if not boot:
             text = "what is not flushed is lost when the server is killed"
             log.warning("overlay.no_boot_id file=%s; %s", BOOT_ID, text)
-        header = _HEADER.pack(MAGIC, boot, id_)
+        self._header = _HEADER.pack(MAGIC, boot, id_)
+        self._counts = self._made = False
         try:
-            self._counts = bool(boot) and os.pread(self._fd, _HEADER.size, 0) == header
+            self._fd = os.open(RECENT_NAME, _FLAGS, dir_fd=directory)
+        except FileNotFoundError:
+            return
+        try:
+            found = os.pread(self._fd, _HEADER.size, 0)
+            self._counts = self._made = bool(boot) and found == self._header
             if not self._counts:
                 os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, header, 0)
         except BaseException:
             os.close(self._fd)
             raise
@@ -111,6 +119,8 @@ class Recent:
 
     def mark(self, first: int, end: int, state: int) -> None:
         """Blocks have this state now: DATA or ZERO. Raises OSError."""
+        if not self._made:
+            self._make()
         while first < end:
             page, at = divmod(first, _PAGE_BLOCKS)
             count = min(end - first, _PAGE_BLOCKS - at)
@@ -125,9 +135,20 @@ class Recent:
                 known[at : at + count] = marks
             first += count
 
+    def _make(self) -> None:
+        with self._making:
+            if self._made:
+                return
+            if self._fd < 0:
+                flags = _FLAGS | os.O_CREAT
+                self._fd = os.open(RECENT_NAME, flags, 0o600, dir_fd=self._directory)
+            _write(self._fd, self._header, 0)
+            self._made = True
+
     def forget(self) -> None:
         """All of it is in the map, durably, and nothing changes any more. Raises OSError."""
-        os.unlink(RECENT_NAME, dir_fd=self._directory)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(RECENT_NAME, dir_fd=self._directory)
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -1,5 +1,6 @@
 """What was answered survives the server, flushed or not, as long as the kernel does."""
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
 from nbdsrv.overlay import recent
 from nbdsrv.overlay.recent import RECENT_NAME, Recent
 from nbdsrv.source.nbd import open_nbd
@@ -80,6 +82,36 @@ async def test_after_a_power_cut_it_is_not_believed(
     overlay = await open_()
     assert await content(overlay, 0, BLOCK) == b"flushed!" * 512
     assert await content(overlay, MIB, BLOCK) == base[MIB : MIB + BLOCK]
+    await overlay.close()
+
+
+async def test_an_overlay_on_a_full_disk_is_opened_and_read(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is new finds no room: the guest can still read, overwrite and be moved away."""
+    model = bytearray(make_base(tmp_path / "base", SIZE))
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    overlay = await open_()
+    await overlay.write(0, memoryview(b"written!" * 512))
+    model[:BLOCK] = b"written!" * 512
+    await overlay.close()
+    with monkeypatch.context() as full:
+
+        def no_room(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        full.setattr(os, "pwrite", no_room)
+        overlay = await open_()
+        assert await content(overlay, 0, SIZE) == model
+        with pytest.raises(DiskError) as caught:
+            await overlay.write(MIB, memoryview(b"no room!" * 512))
+        assert caught.value.errno == errno.ENOSPC
+        assert await content(overlay, 0, SIZE) == model
+    await overlay.write(MIB, memoryview(b"has room" * 512))
+    model[MIB : MIB + BLOCK] = b"has room" * 512
+    await overlay.close()
+    overlay = await open_()
+    assert await content(overlay, 0, SIZE) == model
     await overlay.close()
 
 
