@@ -174,10 +174,12 @@ def _hydrate_of(export: ExportTable, mistake: Callable[[str], ConfigError]) -> i
         return None
     if export.overlay is None:
         raise mistake("hydrate fills an overlay; say where it is")
+    if export.hydrate is True:
+        return 0
     try:
-        return _rate("" if export.hydrate is True else str(export.hydrate))
+        return parse_rate("hydrate", str(export.hydrate))
     except ConfigError as error:
-        raise mistake(str(error)) from error
+        raise mistake(f"{export.hydrate!r} is not a rate, for instance 50M") from error
 
 
 def _rate(text: str | None) -> int | None:

@@ -255,4 +255,4 @@ def test_a_configuration_says_hydrate_beside_overlay(tmp_path: Path) -> None:
     file.write_text(export + overlay + 'hydrate = "fast"\n')
     said = nbdsrv("serve", "--config", str(file), "--check", code=2)
     assert f"{file}:5" in said
-    assert "not a rate" in said
+    assert "export.a.hydrate: 'fast' is not a rate, for instance 50M\n" in said
