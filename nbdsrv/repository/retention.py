@@ -16,6 +16,9 @@ Rules:
 * ``keep_within`` counts back from the newest point of the group, not from now, for the same reason.
 * The newest point of a group is always kept, unless a group may become empty: the next
   increment is made from it.
+* Which is the newer of two points is told by their ids, as ``latest`` is, and not by their times:
+  those are what the clock of some host said, and one that was ahead for a day would outlive what
+  was backed up after it.
 * No rule at all keeps nothing, so that is refused and not obeyed.
 """
 
@@ -36,8 +39,8 @@ class Candidate:
     """What a rule sees of a point.
 
     Attributes:
-        id: unique in the group; of two points of the same second the greater one is the newer.
-        created: seconds since 1970.
+        id: unique in the group; of two points the one with the greater is the newer.
+        created: seconds since 1970, by the clock of the host that made it.
         labels: of the point.
     """
 
@@ -111,7 +114,7 @@ def decide(points: Iterable[Candidate], rules: Rules, zone: tzinfo | None = UTC)
     """
     if not rules:
         raise ConfigError("no rule says what to keep; give --keep-last, --keep-daily ...")
-    newest_first = sorted(points, key=lambda point: (point.created, point.id), reverse=True)
+    newest_first = sorted(points, key=lambda point: point.id, reverse=True)
     reasons: dict[str, list[str]] = {point.id: [] for point in newest_first}
     for point in newest_first[: rules.last or 0]:
         reasons[point.id].append("last")

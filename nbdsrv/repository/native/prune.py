@@ -144,7 +144,7 @@ def prune(
 def _fates(records: list[PointRecord], rules: Rules | None, zone: tzinfo | None) -> list[Fate]:
     by_id = {record.id: record for record in records}
     if rules is None:
-        ordered = sorted(records, key=lambda record: (record.created, record.id), reverse=True)
+        ordered = sorted(records, key=lambda record: record.id, reverse=True)
         return [Fate(record, ("no rule was given",)) for record in ordered]
     candidates = [Candidate(record.id, record.created, record.labels) for record in records]
     return [

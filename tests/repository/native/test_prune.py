@@ -63,6 +63,13 @@ def test_the_oldest_go_first(store: MemoryStore) -> None:
     assert created == sorted(created)
 
 
+def test_what_latest_names_stays_though_an_older_points_clock_was_ahead(store: MemoryStore) -> None:
+    build, disk = Building.fresh(store), {"disk": content(1, 2)}
+    ids = [build.point("vm", disk, created=day * DAY).id for day in (1, 9, 2)]
+    assert [point.id for point in prune(reopened(store), None, Rules(last=1)).deleted] == ids[:2]
+    assert left(store) == [f"vm/{max(ids)}.pt"]
+
+
 def test_a_dry_run_deletes_nothing_and_writes_nothing(store: MemoryStore) -> None:
     five(store)
     faulty = FaultyStore(store)
