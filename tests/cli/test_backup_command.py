@@ -224,3 +224,22 @@ def test_names_of_disks(tmp_path: Path, disk: Path) -> None:
     out = tmp_path / "out.img"
     assert nbdsrv("restore", f"{repository}#vm/1/root", out).returncode == 0
     assert out.read_bytes() == disk.read_bytes()
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_read(
+    tmp_path: Path, disk: Path
+) -> None:
+    repository, odd = made(tmp_path), tmp_path / os.fsdecode(b"latin\xe9.img")
+    shutil.copy(disk, odd)
+    assert "a group's name is UTF-8" in refusal(1, "backup", odd, "--to", repository)
+    given: tuple[list[str | Path], ...] = (
+        [odd, "--group", "vm"],
+        [disk, "--disk", f"{odd.stem}={disk}"],
+    )
+    for arguments in given:
+        text = refusal(1, "backup", *arguments, "--to", repository)
+        assert r"a disk's name is UTF-8, and 'latin\udce9' is not" in text
+    text = refusal(1, "backup", disk, "--label", f"of={odd.stem}", "--to", repository)
+    assert r"a label is UTF-8, and 'of=latin\udce9' is not" in text
+    assert not list((tmp_path / "repository" / "packs").glob("*/*"))
+    backed_up("--disk", f"disk={odd}", "--to", repository)

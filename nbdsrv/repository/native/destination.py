@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.destination import Destination, KnownPoint, Occasion
-from nbdsrv.repository.native.layout import point_prefix
+from nbdsrv.repository.native.layout import is_text, point_prefix
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.writer import NativePointWriter, begin
@@ -53,6 +53,10 @@ class NativeDestination(Destination):
     ) -> NativePointWriter:
         """As promised."""
         assert parent is None or isinstance(parent, PointRecord)
+        for name, value in occasion.labels.items():
+            if not is_text(name + value):
+                text = f"{self.name}: a label is UTF-8, and {f'{name}={value}'!r} is not"
+                raise RepositoryError(f"{text}; choose another")
         return await begin(self.vault, workers, occasion.group, parent, level=occasion.level)
 
     def close(self) -> None:

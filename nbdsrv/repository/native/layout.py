@@ -32,6 +32,7 @@ __all__ = [
     "SCRUB",
     "group_of",
     "index_key",
+    "is_text",
     "meta_key",
     "new_ulid",
     "pack_key",
@@ -92,12 +93,23 @@ def index_key(ulid: str) -> str:
     return f"{INDEX}{ulid}.ix"
 
 
+def is_text(name: str) -> bool:
+    """Can JSON hold it? Names of files that are not UTF-8 come as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def point_prefix(group: str) -> str:
     """Under which the points of a group stand.
 
     Raises:
         ValueError: no name of a group.
     """
+    if not is_text(group):
+        raise ValueError(f"a group's name is UTF-8, and {group!r} is not; choose another")
     quoted = quote(group, safe="").replace("~", "%7E")
     if quoted.startswith("."):
         quoted = "%2E" + quoted[1:]

@@ -22,7 +22,7 @@ from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
 from nbdsrv.repository.native.disk_writer import NativeDiskWriter
 from nbdsrv.repository.native.entry import Place
 from nbdsrv.repository.native.known import Known
-from nbdsrv.repository.native.layout import new_ulid, point_key, point_prefix, ulid_of
+from nbdsrv.repository.native.layout import is_text, new_ulid, point_key, point_prefix, ulid_of
 from nbdsrv.repository.native.lease import Lease
 from nbdsrv.repository.native.listing import described
 from nbdsrv.repository.native.map_writer import MapWriter
@@ -114,7 +114,8 @@ class NativePointWriter(PointWriter):
 
         Raises:
             CorruptImage: the parent's map of this disk is damaged; back up without a parent.
-            RepositoryError: there is one of that name, or it is too large for the chunks.
+            RepositoryError: there is one of that name, a point cannot hold it, or the disk is too
+                large for the chunks.
         """
         self._stock.check()
         if not name or name in self._disks or len(self._disks) >= MAX_DISKS:
@@ -122,6 +123,9 @@ class NativePointWriter(PointWriter):
                 f"{self._vault.name}: a disk needs a name of its own, and {name!r} is none; a point"
                 f" has {MAX_DISKS} disks at most"
             )
+        if not is_text(name):
+            text = f"{self._vault.name}: a disk's name is UTF-8, and {name!r} is not"
+            raise RepositoryError(f"{text}; choose another")
         map_ = await self._workers.run(self._map, name, size)
         writer = NativeDiskWriter(self._stock, name, map_, _only(facts, _OF_DISK))
         self._disks[name] = writer
