@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.destination import Destination, KnownPoint, Occasion
+from nbdsrv.repository.native.damage import damage_of, is_outage
 from nbdsrv.repository.native.layout import is_text, point_prefix
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.writer import NativePointWriter, begin
+from nbdsrv.store.store import StoreError
 
 __all__ = ["NativeDestination"]
 
@@ -45,8 +47,14 @@ class NativeDestination(Destination):
         """The root of its map; pages that are damaged cost being read anew, no more."""
         assert isinstance(point, PointRecord)
         record = point.disk(disk)
-        if record is not None:
+        if record is None:
+            return
+        try:
             self.vault.root(record.root)
+        except StoreError as error:  # a bad sector, or an object that was cut off
+            if is_outage(error, self.vault.store):
+                raise
+            raise damage_of(error) from error
 
     async def begin(
         self, workers: Workers, occasion: Occasion, parent: KnownPoint | None

@@ -20,7 +20,7 @@ from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.index import Index, Segment
 from nbdsrv.repository.native.layout import pack_of
-from nbdsrv.repository.native.pack import Listed
+from nbdsrv.repository.native.pack import HEADER_SIZE, TRAILER_SIZE, Listed
 from nbdsrv.repository.native.scrub import damaged_packs
 from nbdsrv.repository.native.tombstones import condemned_packs
 from nbdsrv.repository.native.vault import Vault
@@ -71,7 +71,9 @@ class Known:
                 listed = {}
                 for stored in self._vault.pack_objects():
                     name = pack_of(stored.key)
-                    if name is not None and name not in self.shunned:
+                    # Shorter than any pack: what a power cut has left of one, most often nothing.
+                    whole = stored.size >= HEADER_SIZE + TRAILER_SIZE
+                    if name is not None and whole and name not in self.shunned:
                         listed[name] = stored
                 self._usable.update(listed)
                 self._listed = listed

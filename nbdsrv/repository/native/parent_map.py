@@ -15,10 +15,12 @@ import threading
 from collections import OrderedDict
 
 from nbdsrv.errors import CorruptImage
+from nbdsrv.repository.native.damage import damage_of, is_outage
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.known import Known
 from nbdsrv.repository.native.slots import SLOT, Page, Root
 from nbdsrv.repository.native.vault import Vault
+from nbdsrv.store.store import StoreError
 
 __all__ = ["ParentMap", "ParentPage"]
 
@@ -116,6 +118,12 @@ class ParentMap:
         try:
             page = self._vault.page(self.root, number)
         except CorruptImage:
+            return ParentPage(None, frozenset())
+        except StoreError as error:
+            # A bad sector, or an object that was cut off, costs what stands in it, not the backup.
+            if is_outage(error, self._vault.store):
+                raise
+            damage_of(error)
             return ParentPage(None, frozenset())
         usable = self._known.usable
         bad = frozenset(n for n, name in enumerate(page.names) if not usable(name))
