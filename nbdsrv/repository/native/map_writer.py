@@ -18,7 +18,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from nbdsrv.errors import RepositoryError
+from nbdsrv.errors import DiskError, RepositoryError
+from nbdsrv.repository.native.damage import damage_of, is_outage
 from nbdsrv.repository.native.entry import MAX_CONTENT, Kind, Place
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.known import Known
@@ -36,7 +37,7 @@ from nbdsrv.repository.native.slots import (
 )
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.native.wanted import Wanted
-from nbdsrv.store.store import Data
+from nbdsrv.store.store import Data, ObjectMissing
 
 __all__ = ["ZERO_SLOT", "MapWriter"]
 
@@ -282,12 +283,26 @@ class MapWriter:
         self._ready.pop(page, None)
         self._waiting.pop(page, None)
 
+    def _is_there(self, kind: Kind, id_: bytes, place: Place) -> bool:
+        """Can it be read? It is encoded anew because the parent's may have been damaged, and an
+        index does not know that. That is seldom, and one small read.
+        """
+        try:
+            self._vault.entries.read_there(kind, id_, place)
+        except DiskError as error:
+            if is_outage(error, self._vault.store):
+                raise
+            if not isinstance(error, ObjectMissing):
+                damage_of(error)
+            return False
+        return True
+
     def _meta(
         self, kind: Kind, id_: bytes, data: bytes, page: int
     ) -> tuple[bytes, int, int, int, int, bytes]:
         """A slot for a page or root, which is stored unless there is the same already."""
         place = self._known.find(id_, kind)
-        if place is not None:
+        if place is not None and self._is_there(kind, id_, place):
             return id_, self._metas.number(place.pack), *place[1:]
         codec, body = compress(data)
         number, row = self._metas.add(kind, codec, len(data), id_, body)
