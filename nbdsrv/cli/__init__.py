@@ -119,7 +119,7 @@ def _buffer_output() -> None:
     """Print through a buffer also if ``PYTHONUNBUFFERED`` asks for none.
 
     Without one Python takes a write that went half through for a whole one, and the rest is lost
-    without a word. uvloop's io_uring makes the kernel end a long write to a pipe early.
+    without a word. Linux has been seen to end long writes to a pipe early here, with no signal.
     """
     out = sys.stdout
     if isinstance(getattr(out, "buffer", None), io.RawIOBase):
