@@ -1,15 +1,13 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
-import io
 import logging
-import os
 import sys
-from contextlib import suppress
 from importlib import import_module
 
 import click
 
 from nbdsrv import __version__
+from nbdsrv.cli.streams import OutputError, abandon, prepare_streams
 from nbdsrv.errors import ConfigError, NbdsrvError
 
 __all__ = ["main"]
@@ -62,74 +60,43 @@ def cli() -> None:
 
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
-    _occupy_standard_descriptors()
-    _buffer_output()
+    prepare_streams()
     if logging.lastResort is not None:  # the warnings of commands that keep no log
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
-        code = cli.main(prog_name="nbdsrv", standalone_mode=False)
+        code = _run()
+    except OutputError as error:
+        abandon(sys.stdout)
+        code = _fail(str(error), 1)
+    except BrokenPipeError:
+        abandon(sys.stdout)  # its reader left; so may we
+        code = 1
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code: int = cli.main(prog_name="nbdsrv", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        code = 2
+        return 2
     except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
+        return _fail(error.format_message(), 2)
     except ConfigError as error:
-        code = _fail(str(error), 2)
+        return _fail(str(error), 2)
+    except OutputError:
+        raise
     except NbdsrvError as error:
-        code = _fail(str(error), 1)
+        return _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; so may we
-        code = 1
-    except OSError as error:
-        if not _printing(error):
-            raise
-        code = _fail(f"writing standard output: {error.strerror}", 1)
-        with suppress(OSError):
-            sys.stdout.close()  # what it still holds would fail once more at the exit
-    sys.exit(code)
+        return 130
+    return code
 
 
 def _fail(text: str, code: int) -> int:
     line = " ".join(text.split())
     try:
         click.echo(f"nbdsrv: {line}", err=True)
-    except OSError:  # nothing is left to say it with
-        with suppress(OSError):
-            sys.stderr.close()
+    except OSError:  # the log it goes to is on a full disk; the exit code still tells
+        abandon(sys.stderr)
     return code
-
-
-def _occupy_standard_descriptors() -> None:
-    """Those we were started without (``2>&-``) lead nowhere.
-
-    A disk that is opened must not get their numbers: what is printed would be written into it.
-    """
-    fd = 0
-    while fd <= 2:
-        fd = os.open(os.devnull, os.O_RDWR)
-        os.set_inheritable(fd, fd <= 2)
-    os.close(fd)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def _buffer_output() -> None:
-    """Print through a buffer also if ``PYTHONUNBUFFERED`` asks for none.
-
-    Without one Python takes a write that went half through for a whole one, and the rest is lost
-    without a word. Linux has been seen to end long writes to a pipe early here, with no signal.
-    """
-    out = sys.stdout
-    if isinstance(getattr(out, "buffer", None), io.RawIOBase):
-        encoding, errors = out.encoding, out.errors
-        sys.stdout = open(1, "w", 1, encoding, errors, closefd=False)  # noqa: SIM115
-
-
-def _printing(error: OSError) -> bool:
-    """Was it raised by what prints?"""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return at is not None and at.tb_frame.f_code is click.echo.__code__
