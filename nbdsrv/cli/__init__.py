@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Everything else is elsewhere."""
 
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -90,7 +91,19 @@ def _run() -> int:
         return _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         return 130
+    except FileNotFoundError:  # relative paths are made absolute in many places
+        if _has_working_directory():
+            raise
+        return _fail("the working directory has been removed; change into another one", 1)
     return code
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _fail(text: str, code: int) -> int:

@@ -162,6 +162,24 @@ def test_an_export_whose_name_is_not_utf8(tmp_path: Path, disk: Path) -> None:
     refusal(USAGE, "serve", name)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ls", "pbs:."),
+        ("backup", "DISK", "--to", "xo:."),
+        ("serve", "DISK", "--listen", "127.0.0.1:0", "--overlay", "x"),
+        ("migrate", "qemu:sock#vda", "new.qcow2"),
+    ],
+    ids=" ".join,
+)
+def test_a_working_directory_that_is_gone(
+    words: tuple[str, ...], disk: Path, tmp_path: Path
+) -> None:
+    enter = ("bash", "-c", 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"', str(tmp_path / "d"))
+    given = [str(disk) if word == "DISK" else word for word in words]
+    assert "working directory" in refusal(FAILED, *given, prefix=enter)
+
+
 # --- arguments ---------------------------------------------------------------------------------
 
 
