@@ -51,6 +51,7 @@ class Row:
         path: of its JSON.
         records: its disks, also those that cannot be opened.
         paths: of the disks that can.
+        unread: why its JSON could not be read, which proves no damage.
     """
 
     point: Point
@@ -58,14 +59,15 @@ class Row:
     path: str
     records: tuple[DiskRecord, ...]
     paths: Mapping[str, str]
+    unread: StoreError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What a point's JSON said when it had that size and time."""
+    """What a point's JSON said when it had that size and time, or why it was not read."""
 
     node: Node
-    record: PointRecord | CorruptImage
+    record: PointRecord | CorruptImage | StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,21 @@ class _Vm:
         for name in stamps:
             node = self._nodes[name]
             known = self._known.get(name)
-            if node.directory or (known is not None and known.node == node):
+            tried = known is not None and not isinstance(known.record, StoreError)
+            if node.directory or (known is not None and tried and known.node == node):
                 continue
             try:
-                record: PointRecord | CorruptImage
+                record: PointRecord | CorruptImage | StoreError
                 record = read_point(self._remote, f"{self._directory}/{name}")
             except ObjectMissing:
                 self._known.pop(name, None)
                 continue
             except CorruptImage as error:
                 record = error
+            except StoreError as error:
+                if self._remote.tree.distant:
+                    raise
+                record = error  # the VM's other points can be read all the same
             self._known[name] = _Known(node, record)
         self.label = self._label()
 
@@ -173,16 +180,17 @@ class _Vm:
         self,
         group: str,
         name: str,
-        record: PointRecord | CorruptImage,
+        record: PointRecord | CorruptImage | StoreError,
         flags: tuple[str, ...],
     ) -> Row:
         stamp = name.removesuffix(POINT)
         path = f"{self._directory}/{name}"
         created = time_of(stamp) or 0.0
-        if isinstance(record, CorruptImage):
+        if not isinstance(record, PointRecord):
             facts = {"vm_uuid": self.uuid, "reason": str(record)}
             point = Point(stamp, group, created, (), None, ("damaged", *flags), facts)
-            return Row(point, self.uuid, path, (), {})
+            unread = record if isinstance(record, StoreError) else None
+            return Row(point, self.uuid, path, (), {}, unread)
         if record.xva:
             return self._xva_row(group, stamp, path, record, flags)
         found: list[tuple[DiskRecord, DiskFile | None]] = []
@@ -293,6 +301,8 @@ class Listing:
         self._remote = remote
         self._vms: dict[str, _Vm] = {}
         self._lock = threading.Lock()
+        self.unread: tuple[str, ...] = ()
+        """Why nothing of some VMs could be read when all were last listed."""
 
     def groups(self) -> list[str]:
         """The names of all VMs that have points, sorted.
@@ -343,6 +353,7 @@ class Listing:
                 del self._vms[gone]
             vms = [self._vms.setdefault(uuid, _Vm(self._remote, uuid)) for uuid in uuids]
         labels: dict[str, str] = {}
+        unread: list[str] = []
         for vm in vms:
             with vm.lock:
                 try:
@@ -351,9 +362,11 @@ class Listing:
                     if self._remote.tree.distant:
                         raise
                     log.warning("xo.unreadable vm=%s reason=%s", vm.uuid, error)
+                    unread.append(str(error))
                     continue
                 if vm.has_points:
                     labels[vm.uuid] = vm.label
+        self.unread = tuple(unread)
         return _told_apart(labels), locked
 
 

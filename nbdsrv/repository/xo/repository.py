@@ -135,9 +135,11 @@ class XoRepository(Repository):
         """Look for damage; see ``verify``."""
         from nbdsrv.repository.xo.verify import verify
 
-        return await verify(
-            self._remote, await self.rows(), self._workers, level, points, disk, advance
-        )
+        rows, unread = await self.rows(), self._listing.unread
+        check = await verify(self._remote, rows, self._workers, level, points, disk, advance)
+        if points is None:
+            check.unread += unread
+        return check
 
     async def close(self) -> None:
         """Idempotent. Disks that are open stay so; the last one closes the tree."""

@@ -146,7 +146,7 @@ def _uses(run: _Run, row: Row, disk: str | None) -> Sequence[_Use]:
     if disk is not None:
         records = tuple(each for each in records if disk in {each.name, *each.aliases})
     if not row.records and "reason" in row.point.facts:
-        error = CorruptImage(str(row.point.facts["reason"]))
+        error = row.unread or CorruptImage(str(row.point.facts["reason"]))
         run.found(row.path, error, [Hurt(f"{row.point.group}/{row.point.id}", "")])
     run.check.disks += len(records)
     run.total += sum(each.size for each in records)

@@ -1,5 +1,6 @@
 """Repositories made to deceive: refused in one line, in little memory, and nothing else hurt."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.repository.selector import select
+from nbdsrv.store.store import StoreError
+from tests.cli.program import hidden_from, nbdsrv
 from tests.disk.reading import content
 from tests.formats.mutants import Mutation, mutations, threads
 from tests.repository.xo.made import BLOCK, Layer, Made, bits, disk_uuid
@@ -370,3 +373,44 @@ async def test_a_block_spread_over_too_many_layers_is_an_error(
                 await content(disk, 0, 512 * 300)
         finally:
             await disk.close()
+
+
+def test_json_that_cannot_be_read_hides_no_other_point(made: Made, tmp_path: Path) -> None:
+    """A bad sector, or a file of somebody else's: nothing is known of that point alone."""
+    (made.root / made.vm() / f"{A}.json").chmod(0)
+    source, prefix = f"xo:{made.root}", hidden_from()
+    listed = nbdsrv("ls", "--json", source, prefix=prefix)
+    flags = {point["point"]: point["flags"] for point in json.loads(listed.stdout)}
+    assert flags == {A: ["damaged"], B: []}
+    verified = nbdsrv("verify", source, prefix=prefix)
+    assert verified.returncode == 1, verified
+    assert f"could not be read: {made.root / made.vm() / A}.json" in verified.stdout
+    copied = nbdsrv("copy", f"{source}#web@{B}", str(tmp_path / "b.img"), prefix=prefix)
+    assert copied.returncode == 0, copied.stderr
+    refused = nbdsrv("copy", f"{source}#web@{A}", str(tmp_path / "a.img"), prefix=prefix)
+    assert refused.returncode == 1
+    assert "Permission denied" in refused.stderr
+
+
+def test_a_vm_that_cannot_be_read_is_not_sound(made: Made) -> None:
+    (made.root / made.vm()).chmod(0)
+    try:
+        verified = nbdsrv("verify", f"xo:{made.root}", prefix=hidden_from())
+    finally:
+        (made.root / made.vm()).chmod(0o755)
+    assert verified.returncode == 1, verified
+    assert f"could not be read: {made.root / made.vm()}: Permission denied" in verified.stdout
+
+
+def _bad_sector(remote: object, path: str, limit: int) -> bytes:
+    raise StoreError(f"{path}: {os.strerror(errno.EIO)}")
+
+
+async def test_json_that_can_be_read_again(
+    made: Made, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(made.root, workers) as repository:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(repository._remote), "read", _bad_sector)
+            assert [point.flags for point in await repository.points()] == [("damaged",)] * 2
+        assert [point.flags for point in await repository.points()] == [(), ()]
