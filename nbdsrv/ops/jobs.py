@@ -23,6 +23,8 @@ __all__ = ["Job", "Registration", "registered", "running"]
 INTERVAL_S = 1.0
 MAX_JOBS = 1000
 MAX_FILE = 1 << 16
+TOLERANCE_S = 60.0
+"""A job begins after its process; that much may have been put right at the clock since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +124,15 @@ def _read(path: str) -> Job | None:
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
-    return job if _lives(job.pid) else None
+    return job if _lives(job.pid, job.started) else None
 
 
 def _bytes(value: object) -> int | None:
     return value if isinstance(value, int) and value >= 0 else None
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: int, started: float) -> bool:
+    """Is it that process, and not one that has its number now?"""
     if not 0 < pid < 1 << 31:
         return False
     try:
@@ -138,4 +141,15 @@ def _lives(pid: int) -> bool:
         return False
     except OSError:
         pass  # somebody else's
-    return True
+    age = _age(pid)
+    return age is None or time.time() - age < started + TOLERANCE_S
+
+
+def _age(pid: int) -> float | None:
+    """Seconds since a process was started; None if nobody tells us."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

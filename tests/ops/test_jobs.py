@@ -36,6 +36,13 @@ def test_what_a_dead_process_has_left_is_passed_over(tmp_path: Path) -> None:
     assert running([str(tmp_path)]) == []
 
 
+def test_a_process_that_has_the_number_of_a_dead_one_is_no_backup(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    facts = {"pid": os.getpid(), "what": "x", "started": 1.0, "done": 1, "total": 2}
+    (tmp_path / "jobs" / f"{os.getpid()}.json").write_text(json.dumps(facts))
+    assert running([str(tmp_path)]) == []
+
+
 @pytest.mark.parametrize("place", ["file", "/proc/nowhere", "/dev/null/x"])
 def test_no_place_to_register_is_no_reason_to_fail(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
