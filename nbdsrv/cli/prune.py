@@ -9,7 +9,7 @@ import click
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.words import counted
 from nbdsrv.errors import ConfigError
-from nbdsrv.export.grammar import Kind, parse_source
+from nbdsrv.export.grammar import NATIVE, Kind, parse_source
 from nbdsrv.repository.native.prune import Fate, Pruned
 from nbdsrv.repository.native.prune import prune as prune_points
 from nbdsrv.repository.opening import open_vault
@@ -84,7 +84,8 @@ def prune(
     if not rules and not damaged:
         raise ConfigError(f"{repository}: no rule says what to keep; give --keep-daily 7, say")
     source = parse_source(repository)
-    if source.kind is not Kind.REPOSITORY or source.partition is not None:
+    native = source.kind is Kind.REPOSITORY and source.scheme in NATIVE
+    if not native or source.partition is not None:
         raise ConfigError(f"{repository}: prune takes a repository: repo:/path or repo:/path#GROUP")
     vault = open_vault(source)
     try:

@@ -13,7 +13,7 @@ import pytest
 from authority import Certificates
 from cryptography.hazmat.primitives import serialization
 
-from nbdsrv.export.grammar import REPOSITORIES
+from nbdsrv.export.grammar import NATIVE, REPOSITORIES
 from tests.cli.program import hidden_from, nbdsrv, refusal
 
 FAILED, USAGE = 1, 2
@@ -160,6 +160,18 @@ def test_an_export_whose_name_is_not_utf8(tmp_path: Path, disk: Path) -> None:
     disk.rename(name)
     assert nbdsrv("info", name).returncode == 0
     refusal(USAGE, "serve", name)
+
+
+@pytest.mark.parametrize("kind", sorted(REPOSITORIES - NATIVE))
+def test_points_of_other_tools_are_not_pruned(kind: str, tmp_path: Path) -> None:
+    said = refusal(USAGE, "prune", f"{kind}:{tmp_path}", "--keep-last", "1")
+    assert "prune takes a repository: repo:" in said
+
+
+def test_a_passphrase_file_that_is_not_there(tmp_path: Path) -> None:
+    env = {"NBDSRV_PASSPHRASE_FILE": str(tmp_path / "nothing")}
+    said = refusal(USAGE, "init", "--encrypt", f"repo:{tmp_path / 'r'}", env=env)
+    assert said.endswith(f"NBDSRV_PASSPHRASE_FILE {tmp_path}/nothing: No such file or directory\n")
 
 
 @pytest.mark.parametrize(
