@@ -33,7 +33,9 @@ def passphrase_of(environment: Mapping[str, str] = os.environ, variable: str = V
     try:
         with open(path, encoding="utf-8") as file:
             line = file.readline(MAX_PASSPHRASE + 1).rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{variable}_FILE {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{variable}_FILE {path}: {error}") from error
     if not line or len(line) > MAX_PASSPHRASE:
         raise ConfigError(f"{variable}_FILE {path}: its first line is no passphrase")

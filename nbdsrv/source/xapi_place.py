@@ -144,7 +144,9 @@ def _password(environment: Mapping[str, str]) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             line = file.readline(MAX_PASSWORD + 1).rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{PASSWORD}_FILE {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{PASSWORD}_FILE {path}: {error}") from error
     if not line or len(line) > MAX_PASSWORD:
         raise ConfigError(f"{PASSWORD}_FILE {path}: its first line is no password")
