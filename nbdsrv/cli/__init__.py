@@ -66,6 +66,7 @@ def main() -> None:
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
         code = _run()
+        sys.stdout.flush()
     except OutputError as error:
         abandon(sys.stdout)
         code = _fail(str(error), 1)

@@ -86,11 +86,8 @@ def copy(
     making = Making(compression, backing, force)
     order = Order(source, parse_target(target, to), making, connections, quiet)
     check_making(order.target, making)
-    if order.target.place is Place.PIPE:
-        if sys.stdout is None:  # as Python has it when we are started without one
-            raise ConfigError(f"{target}: standard output is closed")
-        if sys.stdout.isatty():
-            raise ConfigError(f"{target}: standard output is a terminal; redirect it")
+    if order.target.place is Place.PIPE and sys.stdout.isatty():
+        raise ConfigError(f"{target}: standard output is a terminal; redirect it")
     began = time.monotonic()
     outcome = uvloop.run(_interruptible(order))
     _report(order, outcome, time.monotonic() - began, as_json=as_json)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,11 +19,18 @@ class OutputError(NbdsrvError):
 
 
 class _Output(io.FileIO):
-    """Standard output, whose failures say what it is that failed: we print in many places."""
+    """Standard output, whose failures say what it is that failed: we print in many places.
+
+    It is behind a buffer also where ``PYTHONUNBUFFERED`` asks for none: without one Python takes a
+    write that went half through, as pipes end long ones now and then, for a whole one. And it is
+    waited for where whoever shares the pipe has made it non-blocking.
+    """
 
     def write(self, data: "ReadableBuffer", /) -> int:
         try:
-            return super().write(data)
+            while (count := super().write(data)) is None:
+                select.select([], [self], [])
+            return count
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -1,7 +1,9 @@
 """Standard streams that are full, closed, or have no reader: a line, and a true exit code."""
 
+import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,27 @@ def test_no_image_is_opened_as_a_standard_stream(disk: Path) -> None:
         finally:
             process.terminate()
     assert streams == ["/dev/null"] * 3
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_is_printed_whole_into_a_pipe_that_does_not_block(
+    tmp_path: Path, unbuffered: str
+) -> None:
+    path = tmp_path / "fragmented.img"
+    with open(path, "wb") as file:
+        for place in range(0, 2000 * 8192, 8192):
+            os.pwrite(file.fileno(), b"x", place)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)  # the kernel takes what there is room for
+    with subprocess.Popen(
+        [*COMMAND, "map", "--json", str(path)],
+        stdout=writes,
+        env=environment({"PYTHONUNBUFFERED": unbuffered}),
+    ) as process:
+        os.close(writes)
+        with open(reads, "rb") as pipe:
+            time.sleep(0.5)
+            text = pipe.read()
+        assert process.wait(PATIENCE) == 0
+    assert len(text) > 1 << 16
+    assert sum(extent["length"] for extent in json.loads(text)) == path.stat().st_size
