@@ -92,8 +92,10 @@ async def serve_until_told(order: Order) -> None:
     service = _Service(order, wanted, workers)
     try:
         with delivering(workers):
-            await service.open()
-        if STDIO in wanted.serving.listen:
+            opened = await service.open()
+        if not opened:
+            log.info("stop.early: nothing was served")
+        elif STDIO in wanted.serving.listen:
             await service.serve_stdio()
         else:
             await service.serve()
@@ -113,6 +115,9 @@ class _Service:
         self.offers = Offers(self._catalogue, workers)
         self._audit = Audit(wanted.audit_file)
         self._stop = asyncio.Event()
+        self._opening: asyncio.Task[None] | None = None
+        self._ready = False
+        self._hung_up_early = False
         self._reloading = asyncio.Lock()
         self._reloads = Reloads()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,11 +127,24 @@ class _Service:
         if order.config is not None:
             logging.getLogger(AUDIT).setLevel(logging.INFO)
 
-    async def open(self) -> None:
-        """Open what is to be served, and look whether it can be read."""
-        plan = await self.offers.prepare(self._wanted.offers)
-        _want_something(plan, self._order)
-        self.offers.commit(plan)
+    async def open(self) -> bool:
+        """Open what is to be served, and look whether it can be read.
+
+        False if a signal has ended it: from the first VM that is frozen on there is something to
+        clean up, which the default actions of SIGTERM and SIGHUP would not.
+        """
+        self._watch_signals()
+        self._opening = asyncio.current_task()
+        try:
+            plan = await self.offers.prepare(self._wanted.offers)
+            _want_something(plan, self._order)
+            self.offers.commit(plan)
+        except asyncio.CancelledError:
+            if not self._stop.is_set():
+                raise
+        finally:
+            self._opening = None
+        return not self._stop.is_set()
 
     def _server(self) -> Server:
         serving = self._wanted.serving
@@ -147,7 +165,6 @@ class _Service:
         serving = self._wanted.serving
         if len(serving.listen) > 1:
             raise ConfigError("--listen stdio serves one client and goes with no other --listen")
-        self._watch_signals()
         server = self._server()
         stream = standard_stream()
         server.serve(stream.sock)
@@ -164,7 +181,6 @@ class _Service:
         try:
             server.listen(opened)
             self._workers.muster()
-            self._watch_signals()
             self._overview = Overview(
                 server,
                 self._catalogue,
@@ -177,6 +193,9 @@ class _Service:
             await self._open_windows(self._wanted)
             announce(self._catalogue, self._doors.listeners, server.tls)
             self._doors.store()
+            self._ready = True
+            if self._hung_up_early:
+                self._hung_up()
             await self._until_told(server)
         finally:
             for each in (self._admin, self._metrics):
@@ -259,13 +278,21 @@ class _Service:
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._told_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+
+    def _told_to_stop(self) -> None:
+        if self._opening is not None and not self._stop.is_set():
+            self._opening.cancel()  # once is enough: cleaning up must not be interrupted
+        self._stop.set()
 
     def _hung_up(self) -> None:
         # Without a file there is little to reload; but a hang-up must not end the server of a
         # closed terminal's session.
         if self._stop.is_set() or not (self._order.config or self._order.audit_file):
+            return
+        if not self._ready:
+            self._hung_up_early = True
             return
         task = asyncio.get_running_loop().create_task(self._reload_and_say())
         self._tasks.add(task)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -153,3 +154,28 @@ async def test_stopped_by_a_signal(tmp_path: Path, vms: list[Machine], number: i
     assert said_then == []
     assert {row["mode"] for row in rows} == {"incremental"}
     await restored(repository, vm, "web", tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 2, [signal.SIGINT], [signal.SIGHUP, 15]])
+async def test_a_server_that_is_stopped_before_it_serves(
+    tmp_path: Path, vms: list[Machine], numbers: list[int]
+) -> None:
+    """What is served beside the frozen VM takes its time to be opened."""
+    vm, path = vms[0], tmp_path / "mute.sock"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(path))
+        mute.listen()
+        words = [*COMMAND, "serve", source(vm), f"nbd+unix:///?socket={path}"]
+        words += ["--listen", f"unix:{tmp_path}/sock"]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        ) as process:
+            connection, _ = await asyncio.to_thread(mute.accept)
+            with connection:
+                assert list(vm.folder.glob("nbdsrv-qemu-*/*.qcow2"))  # it is frozen
+                for number in numbers:
+                    process.send_signal(number)
+                    await asyncio.sleep(0.05)
+                out, said = await asyncio.to_thread(process.communicate, timeout=20)
+    assert (process.returncode, out, said) == (0, "", "")
+    assert await vm.left() == []
