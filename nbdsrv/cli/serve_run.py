@@ -291,12 +291,21 @@ class _Service:
         # closed terminal's session.
         if self._stop.is_set() or not (self._order.config or self._order.audit_file):
             return
+        if STDIO in self._wanted.serving.listen:
+            self._reopen_audit()  # there is no file, and so nothing else that could change
+            return
         if not self._ready:
             self._hung_up_early = True
             return
         task = asyncio.get_running_loop().create_task(self._reload_and_say())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _reopen_audit(self) -> None:
+        try:
+            self._audit.reopen(self._wanted.audit_file)
+        except ConfigError as error:
+            log.error("audit.kept reason=%s", error)  # noqa: TRY400
 
     async def _reload_and_say(self) -> None:
         with contextlib.suppress(NbdsrvError):  # said already

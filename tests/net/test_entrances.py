@@ -231,3 +231,31 @@ def test_stdio_ends_on_sigterm(images: Images) -> None:
         process.send_signal(signal.SIGTERM)
         assert wire.is_closed()
         assert process.wait(20) == 0
+
+
+def test_stdio_reopens_its_audit_file(images: Images, tmp_path: Path) -> None:
+    audit = tmp_path / "audit.log"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        arguments = command(images.disk, "--listen", "stdio", "--audit-file", str(audit))
+        process = subprocess.Popen(
+            arguments,
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        theirs.close()
+        ours.settimeout(20)
+        wire = Wire(ours).enter("")
+        audit.rename(tmp_path / "audit.log.1")
+        process.send_signal(signal.SIGHUP)
+        ends = time.monotonic() + 20
+        while not audit.exists() and time.monotonic() < ends:
+            time.sleep(0.01)
+        wire.read(0, 512)
+        wire.disconnect()
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (0, "")
+    assert '"event": "detach"' in audit.read_text()
