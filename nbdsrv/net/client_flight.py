@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from nbdsrv.net.client_pending import Pending
 
-__all__ = ["InFlight"]
+__all__ = ["MAX_IN_FLIGHT", "InFlight"]
 
 MAX_IN_FLIGHT = 64
 """Requests of one connection that await answers; more wait here. Servers work on 16 or so."""

@@ -27,7 +27,7 @@ from nbdsrv.net.reactor import Reactor
 from nbdsrv.net.reads import Reads
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.slow import Answer, SlowRequests
-from nbdsrv.net.writes import Writes
+from nbdsrv.net.writes import Streak, Writes
 from protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
@@ -73,13 +73,15 @@ class Dispatch:
         disk: Disk,
         agreement: Agreement,
         sender: Sender,
-        writes: Writes,
         *,
         deliver: Callable[[Answer], None],
+        streak_ended: Callable[[Streak | None, BaseException | None], None],
         memory_is_back: Callable[[], None],
         measures: Measures,
     ) -> None:
-        """``deliver`` sends an answer and becomes the owner of its buffers."""
+        """``deliver`` sends an answer and becomes the owner of its buffers; the others are told as
+        ``Writes`` and ``Payloads`` say.
+        """
         dialect = agreement.dialect
         extended = dialect is Dialect.EXTENDED
         self.frame = EXTENDED_REQUEST if extended else REQUEST
@@ -101,12 +103,17 @@ class Dispatch:
         self.reads = Reads(
             *(disk, reactor, sender, self._encoder, dialect, channel.secure), self._unpack
         )
+        self.writes = Writes(
+            *(disk, reactor, channel, self._encoder, dialect, streak_ended),
+            self.slow.note_failure,
+            measures,
+        )
         self.payloads = Payloads(
             reactor,
             channel,
             self._rules,
             tuple(agreement.contexts),
-            writes,
+            self.writes,
             self.slow,
             refuse=self._refuse,
             memory_is_back=memory_is_back,

@@ -17,7 +17,6 @@ from time import perf_counter
 from nbdsrv.net.dispatch import Dispatch
 from nbdsrv.net.measures import Measures, Tally
 from nbdsrv.net.sender import Sender
-from nbdsrv.net.writes import Writes
 
 __all__ = ["Measured"]
 
@@ -27,13 +26,11 @@ class Measured:
 
     _quick: bool
 
-    def __init__(
-        self, measures: Measures, dispatch: Dispatch, sender: Sender, writes: Writes
-    ) -> None:
+    def __init__(self, measures: Measures, dispatch: Dispatch, sender: Sender) -> None:
         self._measures = measures
         self._dispatch = dispatch
         self._sender = sender
-        self._writes = writes
+        self._writes = dispatch.writes
         self._reads = dispatch.reads
         self._afar = dispatch.afar
         self._payloads = dispatch.payloads

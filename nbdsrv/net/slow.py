@@ -295,21 +295,24 @@ class SlowRequests:
 
     def failure(self, request: Request, error: BaseException) -> bytes:
         """The error reply for an exception; what is not a DiskError is our bug, hence EIO."""
-        self._measures.failed += 1
         number = error.errno if isinstance(error, DiskError | OSError) else None
         errno = wire_errno(number)
         fast = request.flags & CommandFlag.FAST_ZERO and request.command == Command.WRITE_ZEROES
         if errno is Errno.ENOTSUP and not fast:
             errno = Errno.EINVAL  # proto.md: without FAST_ZERO, ENOTSUP is forbidden
-        if errno is not Errno.ENOTSUP:
-            self._tell(request, error)
+        if errno is Errno.ENOTSUP:
+            self._measures.failed += 1
+        else:
+            self.note_failure(request, error)
         offset = error.offset if isinstance(error, DiskError) else None
         if offset is not None and not request.offset <= offset < request.offset + request.length:
             offset = None
         text = _DIRECTORIES.sub("", str(error).replace(self._disk.name, self._name))
         return self._encoder.error(request.cookie, request.offset, errno, text, offset=offset)
 
-    def _tell(self, request: Request, error: BaseException) -> None:
+    def note_failure(self, request: Request, error: BaseException) -> None:
+        """Count and log a failure, whoever answers it."""
+        self._measures.failed += 1
         if self._told >= MAX_TOLD:
             return
         self._told += 1

@@ -35,9 +35,8 @@ from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
 from nbdsrv.net.sender import Sender
 from nbdsrv.net.slow import Answer
 from nbdsrv.net.stall import Stall
-from nbdsrv.net.writes import Streak, Writes
+from nbdsrv.net.writes import Streak
 from protocol.handshake.events import Agreement
-from protocol.replies import encoder
 
 __all__ = ["Transmission"]
 
@@ -76,17 +75,14 @@ class Transmission(Measured):
         self._disk = disk
         self._on_closed = on_closed
         self._sender = Sender(reactor, channel, self._warm)
-        self._writes = Writes(
-            *(disk, reactor, channel, encoder(agreement.dialect), agreement.dialect),
-            *(self._streak_ended, measures),
-        )
         self._dispatch = Dispatch(
-            *(reactor, channel, disk, agreement, self._sender, self._writes),
+            *(reactor, channel, disk, agreement, self._sender),
             deliver=self._deliver,
+            streak_ended=self._streak_ended,
             memory_is_back=self._memory_is_back,
             measures=measures,
         )
-        super().__init__(measures, self._dispatch, self._sender, self._writes)
+        super().__init__(measures, self._dispatch, self._sender)
         self._slow = self._dispatch.slow
         self._remote = disk.remote
         self._left = b""

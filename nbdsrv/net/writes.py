@@ -15,6 +15,7 @@ Rule: while a connection is lent, only its thread touches the socket and this ob
 neither polls nor sends. Reads, flushes and all the rest end the streak and return to the loop.
 """
 
+import errno as os_errno
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -23,13 +24,15 @@ from time import perf_counter
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.flights import Landing
+from nbdsrv.errors import DiskError
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.reactor import RECEIVE_SIZE, Reactor
-from protocol.constants import Dialect
+from protocol.constants import Command, Dialect
 from protocol.headers import EXTENDED_REQUEST, EXTENDED_WRITE_KEY, REQUEST, WRITE_KEY
 from protocol.replies import ChunkEncoder, SimpleEncoder, wire_errno
+from protocol.requests import Request
 
 __all__ = ["Streak", "Writes", "store"]
 
@@ -86,14 +89,18 @@ class Writes:
         encoder: SimpleEncoder | ChunkEncoder,
         dialect: Dialect,
         returned: Callable[[Streak | None, BaseException | None], None],
+        failed: Callable[[Request, DiskError], None],
         measures: Measures,
     ) -> None:
-        """``returned`` is called on the loop when a thread is done with the connection."""
+        """``returned`` is called on the loop when a thread is done with the connection, and before
+        that ``failed`` with every write that the disk has not taken.
+        """
         self._disk = disk
         self._reactor = reactor
         self._channel = channel
         self._encoder = encoder
         self._returned = returned
+        self._failed = failed
         extended = dialect is Dialect.EXTENDED
         self._frame = EXTENDED_REQUEST if extended else REQUEST
         self._key = EXTENDED_WRITE_KEY if extended else WRITE_KEY
@@ -110,6 +117,7 @@ class Writes:
         self._measures = measures
         self._lent_at = 0.0
         self._waits: list[tuple[float, int]] = []
+        self._failures: list[tuple[Request, DiskError]] = []
         self.received = 0
         self.sent = 0
         self.stored = 0
@@ -216,6 +224,9 @@ class Writes:
         for wait in self._waits:  # here: the export's measures belong to the loop
             self._measures.writes.add(*wait)
         self._waits.clear()
+        for failure in self._failures:  # so do they, and the log's count of what it was told
+            self._failed(*failure)
+        self._failures.clear()
         self._returned(streak, error)
 
     # --- in a thread ------------------------------------------------------
@@ -299,9 +310,12 @@ class Writes:
         return b"".join(replies)
 
     def _reply(self, write: Write, failure: OSError | None) -> bytes:
-        cookie, offset, *_ = write
+        cookie, offset, _, _, data, _ = write
         if failure is None:
             return self._encoder.done(cookie, offset)
+        request = Request(Command.WRITE, 0, cookie, offset, len(data))
+        reason = f"{self._disk.name}: {failure.strerror}"
+        self._failures.append((request, DiskError(reason, failure.errno or os_errno.EIO)))
         text = f"writing {os.path.basename(self._disk.name)}: {failure.strerror}"
         return self._encoder.error(cookie, offset, wire_errno(failure.errno), text)
 

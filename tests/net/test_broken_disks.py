@@ -1,6 +1,8 @@
 """Bugs behind a Disk: one request fails, and neither its client nor the server hangs for it."""
 
 import asyncio
+import errno as os_errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from nbdsrv.disk.runs import BlockRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.exports import Export
 from nbdsrv.net.server import Limits, Server
-from protocol.constants import Command, Dialect, Errno
+from protocol.constants import Command, CommandFlag, Dialect, Errno
 from protocol.extents import DATA, ExtentList
 
 SIZE = 1 << 20
@@ -121,3 +123,38 @@ async def test_opening_does_not_count_as_the_client_s_time(tmp_path: Path) -> No
             wire.close()
 
         await asyncio.to_thread(dawdle)
+
+
+@pytest.mark.parametrize("flags", [0, CommandFlag.FUA])
+async def test_writes_that_fail_are_counted_and_logged(
+    tmp_path: Path,
+    dialect: Dialect,
+    flags: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also those that a thread stores and answers on its own."""
+
+    def full(writes: Sequence[object]) -> dict[int, OSError]:
+        error = OSError(os_errno.ENOSPC, "No space left on device")
+        return dict.fromkeys(range(len(writes)), error)
+
+    monkeypatch.setattr("nbdsrv.net.writes.store", full)
+    image, path = tmp_path / "disk.img", tmp_path / "socket"
+    image.write_bytes(bytes(SIZE))
+
+    def write() -> None:
+        wire = Wire.connect(str(path)).enter("disk", dialect)
+        for offset in (0, 5):
+            answer = wire.call(Command.WRITE, offset, payload=b"x" * 7, flags=flags)
+            assert answer.error == Errno.ENOSPC
+        wire.disconnect()
+
+    async with running(path, image, writable=True) as server:
+        await asyncio.to_thread(write)
+        assert server.measures["disk"].failed == 2
+    told = [each.getMessage() for each in caplog.records]
+    assert [line for line in told if "request.failed" in line] == [
+        f"request.failed disk='disk.img' WRITE of 7 at {at} reason={image}: No space left on device"
+        for at in (0, 5)
+    ]

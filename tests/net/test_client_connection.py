@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nbdsrv.errors import DiskError
-from nbdsrv.net.client import MAX_IN_FLIGHT, ConnectionLost
+from nbdsrv.net.client import ConnectionLost
 from nbdsrv.net.client_connect import Patience, Remote, connect
+from nbdsrv.net.client_flight import MAX_IN_FLIGHT
 from protocol import structs
 from protocol.constants import ReplyType
 from protocol.uri import Uri
