@@ -48,9 +48,10 @@ def info(source: str, *, as_json: bool) -> None:
 def map_(source: str, *, as_json: bool, context: str) -> None:
     """Print the extents of SOURCE: offset and length in bytes, and their state."""
     if as_json:
-        click.echo(json.dumps(_with_disk(source, lambda disk: _json_rows(disk, context))))
+        rows = _with_disk(source, lambda disk: _json_rows(disk, context), context)
+        click.echo(json.dumps(rows))
         return
-    for offset, length, flags in _with_disk(source, lambda disk: extents(disk, context)):
+    for offset, length, flags in _with_disk(source, lambda disk: extents(disk, context), context):
         click.echo(f"{offset:>16} {length:>16}  {state(context, flags)}")
 
 
@@ -63,9 +64,12 @@ async def _json_rows(disk: Disk, context: str) -> list[dict[str, Any]]:
     ]
 
 
-def _with_disk(source: str, work: Callable[[Disk], Awaitable[T]]) -> T:
+def _with_disk(source: str, work: Callable[[Disk], Awaitable[T]], context: str | None = None) -> T:
     async def run() -> T:
-        async with running_workers() as workers, opened(source, workers) as disk:
+        async with (
+            running_workers() as workers,
+            opened(source, workers, context=context) as disk,
+        ):
             return await work(disk)
 
     return uvloop.run(run())

@@ -10,6 +10,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.export.grammar import Kind, parse_source
 from nbdsrv.export.opener import open_source
 from nbdsrv.ops.arenas import few_arenas
+from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 
 __all__ = ["delivering", "opened", "running_workers"]
 
@@ -43,14 +44,27 @@ async def running_workers() -> AsyncIterator[Workers]:
 
 @asynccontextmanager
 async def opened(
-    text: str, workers: Workers, *, connections: int | None = None
+    text: str,
+    workers: Workers,
+    *,
+    connections: int | None = None,
+    context: str | None = None,
 ) -> AsyncIterator[Disk]:
-    """The disk a SOURCE names, until the end of the block; to an NBD server ``connections``."""
-    source = parse_source(text)
-    if connections and source.kind is Kind.NBD and source.partition is None:
-        from nbdsrv.source.nbd import open_nbd
+    """The disk a SOURCE names, until the end of the block.
 
-        disk: Disk = await open_nbd(source.location, workers, connections=connections)
+    To an NBD server there are ``connections``, and it is asked for ``context`` too: it does not
+    say what it has unless that is asked of it first, on a connection for just that.
+    """
+    source = parse_source(text)
+    if (connections or context) and source.kind is Kind.NBD and source.partition is None:
+        from nbdsrv.source.nbd import DEFAULT_CONNECTIONS, open_nbd
+
+        disk: Disk = await open_nbd(
+            source.location,
+            workers,
+            connections=connections or DEFAULT_CONNECTIONS,
+            contexts=tuple(dict.fromkeys([ALLOCATION, ALLOCATION_DEPTH, context or ALLOCATION])),
+        )
     else:
         disk = await open_source(source, workers)
     try:

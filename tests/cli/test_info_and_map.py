@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.program import COMMAND, environment, nbdsrv
+from tests.cli.program import COMMAND, environment, nbdsrv, serving
 from tests.formats.images import IMAGES, Image
 
 MIB = 1 << 20
@@ -137,6 +137,24 @@ def test_map_of_another_context(tmp_path: Path) -> None:
     rows = json.loads(output("map", "--json", path, *context))
     assert [row["type"] for row in rows] == [1, 0, 1, 0, 1]
     assert output("map", path, *context).splitlines()[0].split() == ["0", "65536", "1"]
+
+
+def test_map_of_any_context_of_a_server(tmp_path: Path) -> None:
+    path, bitmap = tmp_path / "disk.qcow2", "qemu:dirty-bitmap:since"
+    qemu_img = shutil.which("qemu-img")
+    if qemu_img is None:
+        pytest.skip("qemu-img is not installed")
+    for words in (["create", "-f", "qcow2", path, "1M"], ["bitmap", "--add", path, "since"]):
+        subprocess.run([qemu_img, *words], check=True, capture_output=True)
+    with serving(path, "--listen", f"unix:{tmp_path}/sock") as served:
+        uri = str(served.uris[0])
+        assert output("map", uri, "--context", bitmap).split() == ["0", str(MIB), "0"]
+        rows = json.loads(output("map", uri, "--json", "--context", bitmap))
+        assert [(row["start"], row["length"], row["type"]) for row in rows] == [(0, MIB, 0)]
+        done = nbdsrv("map", uri, "--context", "x-none:such")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "has no context x-none:such" in done.stderr
+        assert served.stop() == (0, "")
 
 
 def test_a_disk_larger_than_anything(tmp_path: Path) -> None:
