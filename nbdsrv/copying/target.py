@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from nbdsrv.errors import ConfigError
-from nbdsrv.export.grammar import FORMATS, HYPERVISORS, NBD_SCHEMES, REPOSITORIES
+from nbdsrv.export.grammar import FORMATS, HYPERVISORS, REPOSITORIES, is_nbd
 from nbdsrv.formats.target_file import STANDARD_OUTPUT
 
 __all__ = ["WRITTEN", "Place", "Target", "parse_target"]
@@ -84,7 +84,7 @@ def parse_target(text: str, to: str | None = None) -> Target:
         ConfigError: empty, of a kind that cannot be written, or contradicting ``to``.
     """
     scheme, colon, rest = text.partition(":")
-    if colon and scheme in NBD_SCHEMES:
+    if is_nbd(text):
         return _in_place(text, Place.NBD, text, to)
     if colon and scheme == "xapi":
         if to not in {None, "vhd"}:

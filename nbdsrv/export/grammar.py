@@ -16,7 +16,7 @@ from enum import Enum, auto
 
 from nbdsrv.errors import ConfigError
 
-__all__ = ["NATIVE", "Kind", "Source", "is_native", "parse_source"]
+__all__ = ["NATIVE", "Kind", "Source", "is_native", "is_nbd", "parse_source"]
 
 
 class Kind(Enum):
@@ -62,9 +62,10 @@ REPOSITORIES = frozenset(
 NATIVE = frozenset({"repo", "repo+s3"})
 """Repositories of our own format."""
 HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
-NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix"})
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
+_NBD = re.compile(r"nbds?(?:\+tcp|\+unix)?:|(?i:nbds?(?:\+[a-z0-9]+)?://)")
+"""Also what only looks like an NBD URI, nbd+vsock://...: its parser says what is wrong with it."""
 _PARTITION = re.compile(r"(.*)~p([0-9]+)", re.DOTALL)
 
 
@@ -94,6 +95,11 @@ def is_native(text: str) -> bool:
     return bool(colon) and scheme in NATIVE
 
 
+def is_nbd(text: str) -> bool:
+    """Is it an NBD URI, or meant to be one?"""
+    return bool(_NBD.match(text))
+
+
 def parse_source(text: str) -> Source:
     """Parse one SOURCE.
 
@@ -108,10 +114,10 @@ def parse_source(text: str) -> Source:
             raise ConfigError(f"{text}: partitions are numbered from 1 to 128")
     if not rest:
         raise ConfigError("an empty SOURCE; give an image, for instance disk.img")
+    if is_nbd(rest):
+        return Source(text, Kind.NBD, rest.partition(":")[0].lower(), rest, "", partition)
     match = _SCHEME.fullmatch(rest)
     scheme = match[1] if match else ""
-    if scheme in NBD_SCHEMES:
-        return Source(text, Kind.NBD, scheme, rest, "", partition)
     for kind, schemes in _KINDS.items():
         if match and scheme in schemes:
             location, _, selector = match[2].partition("#")

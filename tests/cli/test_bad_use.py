@@ -92,6 +92,11 @@ def test_a_chain_whose_parent_is_gone(tmp_path: Path) -> None:
         assert str(path) in said
 
 
+def test_a_kind_of_nbd_uri_that_is_not_supported() -> None:
+    for command in ("info", "serve"):
+        assert "scheme 'nbd+vsock' is not nbd" in refusal(USAGE, command, "nbd+vsock://2:10809/a")
+
+
 @pytest.mark.parametrize("kind", sorted(REPOSITORIES - {"repo+s3", "xo+s3"}))
 @pytest.mark.parametrize("command", ["info", "ls", "verify", "serve"])
 def test_repositories_that_are_not_there(kind: str, command: str, tmp_path: Path) -> None:
