@@ -91,13 +91,15 @@ def split_address(where: str) -> tuple[str | None, int]:
     host, colon, port = where.rpartition(":")
     if not colon or "]" in port:
         host, port = where, str(NBD_PORT)
-    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+    # Nothing at all comes of a variable that is not set: by no means all addresses.
+    if not where or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"--listen {where}: expected HOST:PORT, unix:PATH or stdio")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
         raise ConfigError(f"--listen {where}: write IPv6 addresses in brackets, [::1]:10809")
-    return host or None, int(port)
+    # glibc takes a star for all addresses, but a URI with one leads nowhere.
+    return None if host in {"", "*"} else host, int(port)
 
 
 def _listen_tcp(where: str, host: str | None, port: int) -> Iterator[Listener]:

@@ -62,6 +62,12 @@ def test_ipv6_in_brackets() -> None:
         assert answers(listener)
 
 
+@pytest.mark.parametrize("where", [":0", "*:0"])
+def test_all_addresses(where: str) -> None:
+    with listening(where) as listeners:
+        assert {listener.address[0] for listener in listeners} <= {"0.0.0.0", "::"}
+
+
 def test_one_port_for_all_addresses_of_a_name() -> None:
     for where in ("localhost:0", ":0"):
         with listening(where) as listeners:
@@ -105,6 +111,7 @@ def test_a_relative_unix_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "::1:10809",
         "fe80::1",
         "unix:",
+        "",
     ],
 )
 def test_what_makes_no_sense(where: str) -> None:
