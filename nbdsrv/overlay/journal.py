@@ -10,6 +10,10 @@
 
 The crc covers the frame and begins with the map's own identity, so that no frame counts in
 another overlay or behind another map.
+
+Rule: what a power cut has torn is the end, since a flush is answered once its frames are on the
+disk, and the next one's come behind them. So a bad frame with two flushes behind it (``goes_on``)
+is no torn end but a damaged file, and what follows must not be cut off.
 """
 
 import zlib
@@ -17,7 +21,16 @@ from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import NamedTuple
 
-__all__ = ["FRAME_SIZE", "MAX_RECORDS", "Frame", "Record", "frame", "frame_size", "read_frame"]
+__all__ = [
+    "FRAME_SIZE",
+    "MAX_RECORDS",
+    "Frame",
+    "Record",
+    "frame",
+    "frame_size",
+    "goes_on",
+    "read_frame",
+]
 
 MAGIC = b"OVFR"
 _HEAD = Struct("<4sIQI")
@@ -28,6 +41,8 @@ FRAME_SIZE = _HEAD.size + _CRC.size
 """Bytes of a frame without records."""
 MAX_RECORDS = 1 << 16
 """Of one frame, a megabyte; a flush with more of them writes several."""
+MAX_TRIES = 1000
+"""Places that look like a frame and are none, of which each may cost a megabyte's crc."""
 
 Record = tuple[int, int, int]
 """First block, end (the block behind the last), state."""
@@ -78,16 +93,47 @@ def frame_size(head: bytes) -> int:
 
 def read_frame(data: bytes, number: int, chain: int, seed: int) -> Frame | None:
     """The frame that ``data`` is, if it is the one expected here, whole and unharmed."""
-    size = frame_size(data)
-    if not size or size != len(data):
+    if not _is_whole(data, seed):
         return None
     _, _, its_number, its_chain = _HEAD.unpack_from(data)
+    if (its_number, its_chain) != (number, chain):
+        return None
     (crc,) = _CRC.unpack_from(data, _HEAD.size)
+    return Frame(list(_records(data)), crc, len(data))
+
+
+def goes_on(tail: bytes, number: int, seed: int) -> bool:
+    """Has the journal been written to after frame ``number``, which ``tail`` begins with, was on
+    the disk?
+
+    That is proven by two frames that follow each other, the first of which ended its flush: it had
+    room for more. One alone may have been on its way together with the bad one.
+    """
+    ended = None  # the crc of the last good frame, if that ended its flush
+    at, tries = tail.find(MAGIC, 1), 0
+    while at >= 0 and tries < MAX_TRIES:
+        size = frame_size(tail[at : at + FRAME_SIZE])
+        data = tail[at : at + size]
+        if not size or not _is_whole(data, seed):
+            at, tries = tail.find(MAGIC, at + 1), tries + 1
+            continue
+        _, count, its_number, its_chain = _HEAD.unpack_from(data)
+        if its_number > number:
+            if its_chain == ended:
+                return True
+            ended = _CRC.unpack_from(data, _HEAD.size)[0] if count < MAX_RECORDS else None
+        at = tail.find(MAGIC, at + size)
+    return False
+
+
+def _is_whole(data: bytes, seed: int) -> bool:
+    """Is it one frame, and unharmed?"""
+    size = frame_size(data)
+    if not size or size != len(data):
+        return False
     view = memoryview(data)
     right = zlib.crc32(view[FRAME_SIZE:], zlib.crc32(view[: _HEAD.size], seed))
-    if (its_number, its_chain, crc) != (number, chain, right):
-        return None
-    return Frame(list(_records(data)), crc, size)
+    return bool(_CRC.unpack_from(data, _HEAD.size)[0] == right)
 
 
 def _records(data: bytes) -> Iterator[Record]:

@@ -32,6 +32,7 @@ from nbdsrv.overlay.journal import (
     Record,
     frame,
     frame_size,
+    goes_on,
     read_frame,
 )
 from nbdsrv.overlay.states import COPIED, DATA, UNWATCH, WATCH
@@ -45,6 +46,8 @@ MAGIC = b"NBDSOVLY"
 VERSION = 1
 MIN_JOURNAL = 1 << 20
 """Bytes of frames that are no reason to write a new map."""
+MAX_TAIL = 64 << 20
+"""Bytes behind a bad frame that are looked at for good ones."""
 MAX_SIZE = 1 << 62
 """Bytes of a disk."""
 MAX_PACKED = PAGE_BLOCKS + 64
@@ -144,10 +147,11 @@ def _replay(fd: int, path: str, length: int, found: Replayed, seed: int, blocks:
     states, watched = found.states, found.watched
     while found.end + FRAME_SIZE <= length:
         size = frame_size(_read(fd, found.end, FRAME_SIZE))
-        if not size or found.end + size > length:
-            break
-        whole = read_frame(_read(fd, found.end, size), found.frames + 1, found.crc, seed)
+        data = _read(fd, found.end, size)
+        whole = read_frame(data, found.frames + 1, found.crc, seed)
         if whole is None:
+            if goes_on(_read(fd, found.end, MAX_TAIL), found.frames + 1, seed):
+                raise _damaged(path, found.end)
             break
         for first, end, state in whole.records:
             if not 0 <= first < end:
@@ -185,6 +189,12 @@ def _read(fd: int, position: int, length: int) -> bytes:
 def _corrupt(path: str, position: int, what: str) -> CorruptImage:
     text = f"corrupt overlay: {path} at {position}: {what}; `nbdsrv overlay drop` gives it up"
     return CorruptImage(text)
+
+
+def _damaged(path: str, position: int) -> CorruptImage:
+    where = f"corrupt overlay: {path} at {position}: a frame of the journal is damaged"
+    hint = f"bring the file back, or go back to what was flushed before: truncate -s {position}"
+    return CorruptImage(f"{where}, and more was flushed behind it; {hint} (keep a copy)")
 
 
 class MapFile:

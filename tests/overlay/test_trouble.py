@@ -236,6 +236,40 @@ async def test_a_missing_file_is_told_and_the_rest_can_be_dropped(
     assert not missing.parent.exists()
 
 
+@pytest.mark.parametrize("flushes", [1, 2, 3, 20])
+async def test_a_frame_that_is_damaged_is_no_torn_end(
+    tmp_path: Path, workers: Workers, flushes: int
+) -> None:
+    """Behind the first frame, at which a bit flips, are ``flushes`` more."""
+    base = make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    disk = await open_()
+    map_ = tmp_path / "ov" / "disk" / "map"
+    for at in range(flushes + 1):
+        await disk.write(at * BLOCK, memoryview(b"new!" * (BLOCK // 4)))
+        await disk.flush()
+    kept = map_.read_bytes()  # as a power cut leaves it
+    begin = kept.index(b"OVFR")
+    await disk.close()
+    (map_.parent / "recent").unlink(missing_ok=True)
+    for bit in (0, 40, 90, 200, 250):
+        torn = bytearray(kept)
+        torn[begin + bit // 8] ^= 1 << bit % 8
+        map_.write_bytes(torn)
+        if flushes < 2:  # might have been torn with it
+            disk = await open_()
+            assert await content(disk, 0, SIZE) == base
+            await disk.close()
+            continue
+        with pytest.raises(CorruptImage, match=f"at {begin}: .* is damaged.*-s {begin} "):
+            await open_()
+        assert map_.read_bytes() == torn
+        os.truncate(map_, begin)
+        disk = await open_()
+        assert await content(disk, 0, SIZE) == base
+        await disk.close()
+
+
 async def test_a_truncated_data_file_is_told(tmp_path: Path, workers: Workers) -> None:
     make_base(tmp_path / "base", SIZE)
     open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
