@@ -239,7 +239,7 @@ def parameters_of(query: str) -> tuple[dict[str, str], tuple[tuple[str, str], ..
         if key in known or key in extra:
             raise UriError(f"parameter {key!r} is given twice")
         if key in LOCAL_FILE_PARAMETERS:
-            raise UriError(f"{key} names a local file: not accepted in a URI, give it as an option")
+            raise UriError(f"{key} names files of this machine: not accepted in a URI")
         if key.startswith("x-"):
             extra[key] = decoded(value, key)
         elif key == "socket":

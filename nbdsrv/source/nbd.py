@@ -23,10 +23,11 @@ from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.disk.watch import Watch
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.errors import DiskError
 from nbdsrv.net.client import Client, ConnectionLost
 from nbdsrv.net.client_connect import Patience, Remote
-from nbdsrv.net.client_tls import NO_CREDENTIALS, Credentials, client_context
+from nbdsrv.net.client_tls import Credentials
+from nbdsrv.source.nbd_address import find_address
 from nbdsrv.source.nbd_changes import Changes
 from nbdsrv.source.nbd_depth import Depth
 from nbdsrv.source.nbd_dialler import Dialler
@@ -38,7 +39,6 @@ from protocol.constants import Dialect, TransmissionFlag
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ZERO, ExtentList
 from protocol.terms import BlockSizes
-from protocol.uri import UriError, parse
 
 __all__ = ["NbdDisk", "open_nbd"]
 
@@ -333,7 +333,8 @@ async def open_nbd(
         workers: for reading certificates.
         writable: without it nothing is ever written, whatever the server allows.
         connections: at most; only one where the server does not say CAN_MULTI_CONN.
-        credentials: for TLS; the system's authorities by default.
+        credentials: for TLS; by default those of ``NBDSRV_TLS_CERTIFICATES``, or else the system's
+            authorities.
         contexts: meta contexts to ask for; the Disk has those the server knows.
         patience: deadlines.
         host_connections: of this process to that host at most, over all of its disks; 0 for no
@@ -345,14 +346,7 @@ async def open_nbd(
         ConfigError: not a URI that can be used.
         DiskError: no connection, no such export, or it is read-only and must be written.
     """
-    try:
-        uri = parse(text)
-    except UriError as error:
-        raise ConfigError(f"{text}: {error}") from error
-    context = None
-    credentials = credentials or NO_CREDENTIALS
-    if uri.tls:
-        context = await workers.look_up(client_context, uri, credentials)
+    uri, context, credentials = await find_address(text, workers, credentials)
     remote = Remote(uri, context, tuple(contexts), patience or Patience(), credentials)
     dialler = Dialler(remote, host_connections)
     client = await dialler.open()

@@ -7,11 +7,10 @@
 """
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError
 from nbdsrv.net.client_connect import Patience, Remote, contexts_of
-from nbdsrv.net.client_tls import Credentials, client_context
+from nbdsrv.net.client_tls import Credentials
+from nbdsrv.source.nbd_address import find_address
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
-from protocol.uri import UriError, parse
 
 __all__ = ["offered_contexts"]
 
@@ -33,13 +32,7 @@ async def offered_contexts(
         ConfigError: not a URI that can be used.
         DiskError: there is no server.
     """
-    try:
-        uri = parse(text)
-    except UriError as error:
-        raise ConfigError(f"{text}: {error}") from error
-    context = None
-    if uri.tls:
-        context = await workers.look_up(client_context, uri, credentials or Credentials())
+    uri, context, _ = await find_address(text, workers, credentials)
     remote = Remote(uri, context, (), patience or Patience())
     found = [ALLOCATION, ALLOCATION_DEPTH]
     found += [name for name in await contexts_of(remote) if name not in found]

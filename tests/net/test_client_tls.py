@@ -16,6 +16,7 @@ from nbdsrv.errors import ConfigError, DiskError
 from nbdsrv.net.client_connect import Patience
 from nbdsrv.net.client_tls import Credentials
 from nbdsrv.source.nbd import open_nbd
+from nbdsrv.source.nbd_contexts import offered_contexts
 from tests.disk.check_disk import check_disk
 from tests.disk.reading import content
 from tests.disk.threads import running_workers
@@ -95,6 +96,31 @@ async def test_the_contract_over_nbdkit_which_wants_our_certificate(
             disk = await open_disk()
             assert disk.facts["tls"] is True
             await disk.close()
+
+
+async def test_certificates_come_by_the_environment_and_not_by_the_uri(
+    golden: bytes,
+    tmp_path: Path,
+    certificates: Certificates,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sock = tmp_path / "sock"
+    uri = unix_uri(sock, "", "nbds+unix")
+    with nbdkit_directory(tmp_path / "pki", certificates) as folder:
+        tls = ["--tls=require", "--tls-verify-peer", f"--tls-certificates={folder}"]
+        with listening(sock, "nbdkit", "-f", *tls, "file", str(tmp_path / "disk")):
+            assert "certificate" in await refused(uri, workers)
+            with pytest.raises(ConfigError, match="set NBDSRV_TLS_CERTIFICATES"):
+                await open_nbd(f"{uri}&tls-certificates={folder}", workers)
+            monkeypatch.setenv("NBDSRV_TLS_CERTIFICATES", folder)
+            disk = await open_nbd(uri, workers)
+            assert await content(disk, 0, disk.size) == golden
+            await disk.close()
+            assert "base:allocation" in await offered_contexts(uri, workers)
+            monkeypatch.setenv("NBDSRV_TLS_CERTIFICATES", str(tmp_path))
+            with pytest.raises(ConfigError, match=r"NBDSRV_TLS_CERTIFICATES: .*ca-cert\.pem"):
+                await open_nbd(uri, workers)
 
 
 @pytest.mark.parametrize(
