@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdsrv.cli.words import human
+from nbdsrv.cli.words import human, printable
 
 if TYPE_CHECKING:
     from nbdsrv.backup.preview import Preview
@@ -57,17 +57,18 @@ def _rows(outcome: "Outcome") -> list[dict[str, Any]]:
 
 def _in_words(disk: "DiskReport") -> str:
     return (
-        f"{disk.repository}#{disk.group}/{disk.disk}@{disk.point}: {disk.mode} ({disk.reason}):"
+        f"{_place(disk)}@{disk.point}: {disk.mode} ({disk.reason}):"
         f" {human(disk.size)}, {human(disk.read_bytes + disk.rechecked_bytes)} read,"
         f" {human(disk.new_bytes)} stored, in {disk.duration_s:.1f} s"
     )
 
 
 def _preview_in_words(preview: "Preview") -> str:
-    text = (
-        f"{preview.repository}#{preview.group}/{preview.disk}: {preview.mode} ({preview.reason}):"
-        f" {human(preview.size)}"
-    )
+    text = f"{_place(preview)}: {preview.mode} ({preview.reason}): {human(preview.size)}"
     if preview.changed_bytes is not None:
         text += f", {human(preview.changed_bytes)} changed"
     return text
+
+
+def _place(disk: "DiskReport | Preview") -> str:
+    return printable(f"{disk.repository}#{disk.group}/{disk.disk}")

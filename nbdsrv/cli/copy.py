@@ -25,6 +25,7 @@ from nbdsrv.copying.target import Place, Target, parse_target
 from nbdsrv.copying.writers import (
     Compression,
     Making,
+    backing_of,
     check_making,
     image_writer,
     open_in_place,
@@ -147,7 +148,8 @@ async def _base(order: Order, workers: Workers) -> AsyncIterator[Disk | None]:
     if not order.making.backing:
         yield None
         return
-    base = await open_image(order.making.backing, "", Opening(workers))
+    kind, path = backing_of(order.making.backing)
+    base = await open_image(path, kind, Opening(workers))
     try:
         yield base
     finally:

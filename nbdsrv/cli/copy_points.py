@@ -11,7 +11,7 @@ import uvloop
 
 from nbdsrv.cli.running import running_workers
 from nbdsrv.cli.stopping import stoppable
-from nbdsrv.cli.words import human
+from nbdsrv.cli.words import human, printable
 from nbdsrv.copying.progress import progress
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, CorruptImage
@@ -72,7 +72,7 @@ def _repository(text: str) -> Source:
 
 
 def _line(done: Transferred) -> str:
-    name = f"{done.group}@{done.id}"
+    name = printable(f"{done.group}@{done.id}")
     if not done.copied:
         return f"{name}: is there already"
     return (

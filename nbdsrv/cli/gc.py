@@ -109,8 +109,9 @@ def _tell(*, quiet: bool) -> Callable[[str], None]:
 
 def _print(done: Collected, *, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
+    needs = "needs" if done.points == 1 else "need"
     click.echo(
-        f"{counted(done.points, 'point')} need {human(done.live_bytes)} of"
+        f"{counted(done.points, 'point')} {needs} {human(done.live_bytes)} of"
         f" {human(done.stored_bytes)} in {done.packs} packs"
     )
     click.echo(f"{would}deleted: {done.deleted_packs} packs, {human(done.freed_bytes)}")

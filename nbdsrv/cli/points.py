@@ -9,7 +9,7 @@ import click
 import uvloop
 
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.words import human
+from nbdsrv.cli.words import human, printable
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, RepositoryError
 from nbdsrv.export.grammar import Kind, Source, parse_source
@@ -96,14 +96,14 @@ def _print_table(points: Sequence[Point]) -> None:
 
 
 def _cells(point: Point) -> tuple[str, ...]:
-    disks = ", ".join(f"{_line(disk.name)} {human(disk.size)}" for disk in point.disks)
+    disks = ", ".join(f"{printable(disk.name)} {human(disk.size)}" for disk in point.disks)
     modes = dict.fromkeys(str(disk.facts.get("mode", "")) for disk in point.disks)
     # Some tools count a point as a whole, some do not count.
     counts = [disk.facts.get("new_bytes") for disk in point.disks]
     counts = [each for each in counts if each is not None] or [point.facts.get("new_bytes")]
     new = None if None in counts else sum(map(int, filter(None, counts)))
     return (
-        _line(point.group),
+        printable(point.group),
         point.id,
         point.stamp,
         disks or "-",
@@ -111,11 +111,6 @@ def _cells(point: Point) -> tuple[str, ...]:
         human(new) if point.disks and new is not None else "-",
         ", ".join(point.flags),
     )
-
-
-def _line(name: str) -> str:
-    """A name somebody else chose, fit for a line of a table."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 # --- info of a whole repository --------------------------------------------------------------
@@ -169,7 +164,7 @@ def print_repository(facts: dict[str, Any], *, as_json: bool) -> None:
     for key, value in facts.items():
         shown = str(value)
         if key == "groups":
-            named = ", ".join(_line(group) for group in value[:MAX_NAMED])
+            named = ", ".join(printable(group) for group in value[:MAX_NAMED])
             more = len(value) - MAX_NAMED
             shown = f"{len(value)} ({named}{f' and {more} more' if more > 0 else ''})"
         elif key in {"chunk_size", "stored_bytes"}:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from nbdsrv.cli.durations import parse_duration
-from nbdsrv.cli.words import counted
+from nbdsrv.cli.words import counted, printable
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import NATIVE, Kind, parse_source
 from nbdsrv.repository.native.prune import Fate, Pruned
@@ -131,7 +131,7 @@ def _label(text: str) -> tuple[str, str | None]:
 
 def _print(done: Pruned, *, dry_run: bool, utc: bool) -> None:
     for group, fates in done.fates.items():
-        click.echo(group)
+        click.echo(printable(group))
         for fate in fates:
             click.echo(f"  {_time(fate, utc=utc)}  {fate.point.id}  {_fate(fate, dry_run=dry_run)}")
     for each in done.damaged:

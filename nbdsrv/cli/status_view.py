@@ -16,6 +16,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nbdsrv.cli.words import printable
+
 __all__ = ["plain", "render"]
 
 MAX_ROWS = 200
@@ -52,7 +54,7 @@ def _head(server: Document) -> Text:
     lookups = cache["hits"] + cache["misses"]
     lines = [
         f"nbdsrv {server['version']}  pid {server['pid']}  up {_duration(server['uptime_s'])}",
-        f"listening on {', '.join(map(_printable, server['listening']))}  TLS {server['tls']}",
+        f"listening on {', '.join(map(printable, server['listening']))}  TLS {server['tls']}",
         (
             f"clients {connections['attached']} of {connections['limit']}, "
             f"{connections['handshakes']} shaking hands, {connections['accepted']} came, "
@@ -70,7 +72,7 @@ def _head(server: Document) -> Text:
     text = Text("\n".join(lines))
     reloads = server["reloads"]
     if reloads["error"]:
-        text.append(f"\nlast reload failed: {_printable(reloads['error'])}", style="bold red")
+        text.append(f"\nlast reload failed: {printable(reloads['error'])}", style="bold red")
     text.append("\n")
     return text
 
@@ -109,7 +111,7 @@ def _exports(exports: Sequence[Document], width: int) -> Table:
     table = _table(headings, headings[2:])
     for export in exports[:MAX_ROWS]:
         lately = export.get("lately")
-        row = [_printable(export["name"]) or '""', _state(export), str(export["clients"])]
+        row = [printable(export["name"]) or '""', _state(export), str(export["clients"])]
         if lately is None:
             row += ["-"] * (len(_COLUMNS) - len(row))
         else:
@@ -144,9 +146,9 @@ def _clients(clients: Sequence[Document]) -> Table:
         requests = client["reads"] + client["writes"] + client["others"]
         table.add_row(
             str(client["id"]),
-            Text(_printable(client["place"])),
-            Text(_printable(client.get("subject") or "-")),
-            Text(_printable(client["export"]) or '""'),
+            Text(printable(client["place"])),
+            Text(printable(client.get("subject") or "-")),
+            Text(printable(client["export"]) or '""'),
             access,
             _duration(client["duration_s"]),
             str(requests),
@@ -168,7 +170,7 @@ def _overlays(overlays: Sequence[Document]) -> Table:
             if hydration["size"] and said != "complete":
                 said += f", {hydration['position'] / hydration['size']:.0%}"
         sizes = ("dirty_bytes", "copied_bytes", "recorded_bytes", "prefetched_bytes")
-        cells = (_printable(each["name"]), *(_size(each[name]) for name in sizes), said)
+        cells = (printable(each["name"]), *(_size(each[name]) for name in sizes), said)
         table.add_row(*map(Text, cells))
     _count_rest(table, overlays)
     return table
@@ -182,18 +184,13 @@ def _backups(backups: Sequence[Document]) -> Table:
         if done is not None and total:
             said += f" of {_size(total)}, {done / total:.0%}"
         running_s = max(0.0, time.time() - job["started"])
-        table.add_row(Text(_printable(job["what"])), str(job["pid"]), _duration(running_s), said)
+        table.add_row(Text(printable(job["what"])), str(job["pid"]), _duration(running_s), said)
     return table
 
 
 def _count_rest(table: Table, rows: Sequence[object]) -> None:
     if len(rows) > MAX_ROWS:
         table.add_row(f"... and {len(rows) - MAX_ROWS} more")
-
-
-def _printable(text: object) -> str:
-    """What a client may have chosen must not move the cursor."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def _size(count: float) -> str:

@@ -1,6 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and names as a line can show them."""
 
-__all__ = ["counted", "human"]
+__all__ = ["counted", "human", "printable"]
 
 
 def human(size: int) -> str:
@@ -16,3 +16,8 @@ def human(size: int) -> str:
 def counted(count: int, thing: str) -> str:
     """``1 point``, ``2 points``."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def printable(name: str) -> str:
+    """A name somebody else chose: it neither ends the line nor moves the cursor."""
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -39,7 +39,20 @@ _EXTENSIONS = {
     ".vpc": "vhd",
     ".vmdk": "vmdk",
 }
-_NOT_WRITTEN = {".vhdx": "vhdx", ".vdi": "vdi", ".hdd": "parallels", ".qcow": "qcow"}
+_NOT_WRITTEN = {
+    ".vhdx": "vhdx",
+    ".vdi": "vdi",
+    ".hdd": "parallels",
+    ".qcow": "qcow",
+    ".qed": "qed",
+    ".ova": "ova",
+    ".xva": "xva",
+    ".vma": "vma",
+    ".gz": "gzip",
+    ".xz": "xz",
+    ".zst": "zstd",
+    ".bz2": "bzip2",
+}
 """Extensions under which nobody would look for a raw image."""
 
 

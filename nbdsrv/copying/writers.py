@@ -9,11 +9,19 @@ from nbdsrv.copying.target import Place, Target
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
+from nbdsrv.export.grammar import FORMATS
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.target_file import TargetFile
 from nbdsrv.formats.writer import ImageWriter
 
-__all__ = ["Compression", "Making", "check_making", "image_writer", "open_in_place"]
+__all__ = [
+    "Compression",
+    "Making",
+    "backing_of",
+    "check_making",
+    "image_writer",
+    "open_in_place",
+]
 
 _METHODS = {"qcow2": ("zlib", "zstd"), "vmdk": ("zlib",)}
 _LEVELS = {"zlib": 9, "zstd": 19}
@@ -54,7 +62,7 @@ class Making:
 
     Attributes:
         compression: None for the format's own way.
-        backing: path of the image below the new one, "" for none.
+        backing: the image below the new one, FORMAT:PATH or PATH, "" for none.
         replace: may there be such a file already?
     """
 
@@ -129,9 +137,18 @@ def _qcow2_writer(
     asked = making.compression or Compression("none")
     backing = None
     if base is not None:
-        backing = Backing(_name_from(file.path, making.backing), base.format, base)
+        backing = Backing(_name_from(file.path, backing_of(making.backing)[1]), base.format, base)
     shape = Shape(compression=methods.get(asked.method), level=asked.level or 0, backing=backing)
     return Qcow2Writer(workers, file, shape)
+
+
+def backing_of(text: str) -> tuple[str, str]:
+    """The format, "" for whatever it turns out to be, and the path that --backing names.
+
+    What a guest may write to is ``raw:PATH``: it could make itself an image of another format.
+    """
+    kind, colon, path = text.partition(":")
+    return (kind, path) if colon and kind in FORMATS else ("", text)
 
 
 def _name_from(image: str, backing: str) -> str:

@@ -215,7 +215,7 @@ class _Reading:
 
     def check(self, settings: Settings) -> None:
         """What the form does not tell."""
-        self._check_rules((), settings.allow)
+        self._check_rules(settings, (), settings.allow)
         names: dict[str, int] = {}
         for n, export in enumerate(settings.export):
             self._check_export(settings, ("export", n), export)
@@ -228,7 +228,10 @@ class _Reading:
         self._check_places(settings)
         self._check_tls(settings)
 
-    def _check_rules(self, base: Path, allow: Iterable[RuleTable] | None) -> None:
+    def _check_rules(
+        self, settings: Settings, base: Path, allow: Iterable[RuleTable] | None
+    ) -> None:
+        asked = settings.tls is not None and settings.tls.ca is not None
         for n, table in enumerate(allow or ()):
             where = (*base, "allow", n)
             try:
@@ -241,13 +244,16 @@ class _Reading:
                     parse_subject(table.subject)
             except ConfigError as error:
                 raise self.mistake((*where, "subject"), str(error)) from error
+            if table.subject is not None and not asked:
+                said = "without tls.ca no client shows a certificate: this rule matches nobody"
+                raise self.mistake((*where, "subject"), said)
             on_socket = table.uid is not None or table.gid is not None
             if on_socket and table.address is not None:
                 said = "no client has both an address and a uid or gid: this rule matches nobody"
                 raise self.mistake((*where, "address"), said)
 
     def _check_export(self, settings: Settings, where: Path, export: ExportTable) -> None:
-        self._check_rules(where, export.allow)
+        self._check_rules(settings, where, export.allow)
         if not is_name(export.name):
             raise self.mistake((*where, "name"), "no export can have this name")
         source = self._source((*where, "source"), export.source)
@@ -260,7 +266,7 @@ class _Reading:
     def _check_repository(
         self, settings: Settings, where: Path, repository: RepositoryTable
     ) -> None:
-        self._check_rules(where, repository.allow)
+        self._check_rules(settings, where, repository.allow)
         source = self._source((*where, "location"), repository.location)
         if source.kind is not Kind.REPOSITORY or source.partition is not None:
             said = "no repository; expected for instance repo:/srv/backup"

@@ -126,6 +126,19 @@ def test_a_relative_backing_file_is_named_from_the_image(tmp_path: Path, source:
     same_as(golden(), tmp_path / "tops" / "top.qcow2", "qcow2")
 
 
+def test_a_backing_file_that_a_guest_has_written_to(tmp_path: Path, source: Path) -> None:
+    """It has made itself an image with a parent of its choice: said to be raw, that is content."""
+    base = tmp_path / "base.img"
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/hostname", base, str(MIB))
+    os.truncate(base, source.stat().st_size)
+    target = tmp_path / "top.qcow2"
+    done(source, target, "--backing", f"raw:{base}")
+    facts = json.loads(qemu_img("info", "--output=json", target))
+    assert facts["backing-filename-format"] == "raw"
+    assert facts["backing-filename"] == str(base)
+    same_as(golden(), target, "qcow2")
+
+
 def test_a_backing_file_whose_name_is_easily_taken_for_another(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,8 @@ def test_a_block_device_is_overwritten_in_place(tmp_path: Path) -> None:
         ("vhdx:/x", None, "vhdx images are not written"),
         ("x.vhdx", None, "vhdx images are not written"),
         ("x.vdi", None, "vdi images are not written"),
+        ("x.img.gz", None, "gzip images are not written"),
+        ("x.ova", None, "ova images are not written"),
         ("repo:/x", None, "neither"),
         ("qemu:/s#d", None, "neither"),
         ("qcow2:x", "raw", "contradicts"),

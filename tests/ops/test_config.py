@@ -82,10 +82,14 @@ MISTAKES = [
         ":4: export.vm1.allow[0].subject: 'web1' is no subject; expected for instance CN=web1",
     ),
     (
-        EXPORT + 'allow = [{subject = "CN=web1", address = "::/0", gid = 1}]\n',
+        EXPORT + 'allow = [{address = "::/0", gid = 1}]\n',
         ":4: export.vm1.allow[0].address: no client has both",
     ),
     ('allow = [{subject = "+"}]\n', ":1: allow[0].subject: '+' is no subject"),
+    (
+        EXPORT + 'allow = [{subject = "CN=web1", access = "none"}, {}]\n',
+        ":4: export.vm1.allow[0].subject: without tls.ca no client shows a certificate: this rule",
+    ),
     # names, sources
     (EXPORT + EXPORT, ":5: export.vm1.name: this name is taken by the export in line 2"),
     (EXPORT.replace("vm1", "a\\u0000b"), ":2: export[0].name: no export can have this name"),
@@ -159,7 +163,9 @@ def test_nothing_is_a_configuration(tmp_path: Path) -> None:
     assert load(tmp_path, "").settings == Settings()
 
 
-def test_access_lists(tmp_path: Path) -> None:
+def test_access_lists(tmp_path: Path, certificates: Certificates) -> None:
+    pair = certificates.server
+    tls = f'cert = "{pair.certificate}"\nkey = "{pair.key}"\nca = "{certificates.ca}"'
     text = """
 allow = [{uid = 7}]
 [[export]]
@@ -179,7 +185,7 @@ name = "nobody"
 source = "a"
 allow = []
 """
-    config = load(tmp_path, text)
+    config = load(tmp_path, f"{text}[tls]\n{tls}\n")
     inherits, own, nobody = map(config.access, config.settings.export)
     assert inherits == Access((Rule(uid=7),))
     network = ipaddress.ip_network("10.0.0.0/8")

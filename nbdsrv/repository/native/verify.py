@@ -341,7 +341,7 @@ class _Run:
         try:
             self._scrubbing.save()
         except StoreError as error:
-            note = Note("scrub/", f"it is not remembered what was checked: {error}")
+            note = Note("scrub/", f"what was checked is not remembered: {error}")
             if note not in self.done.notes:
                 self.done.notes.append(note)
 
