@@ -22,6 +22,7 @@ remember nothing to find what a killed run has left.
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "jobs",
     "listens",
     "named_nodes",
+    "our_files",
     "prepare",
     "remove_bitmap",
     "remove_export",
@@ -237,6 +239,20 @@ async def _our_nodes(client: QmpClient) -> list[str]:
     matches = [match for match in map(_OURS.fullmatch, await named_nodes(client)) if match]
     fleeces = [match[0] for match in matches if match[1] is None]
     return fleeces + [match[0] for match in matches if match[1] == "-file"]
+
+
+async def our_files(client: QmpClient) -> list[str]:
+    """One file of each directory that fleeces are in, as QEMU names them.
+
+    Raises:
+        SourceError: QEMU is gone.
+    """
+    files = [
+        str(description["image"]["filename"])
+        for name, description in (await named_nodes(client)).items()
+        if (match := _OURS.fullmatch(name)) and match[1] == "-file"
+    ]
+    return list({os.path.dirname(file): file for file in files}.values())
 
 
 async def remove_bitmap(client: QmpClient, node: str, name: str) -> bool:

@@ -7,16 +7,22 @@
     our NBD server                                         if nobody else has begun to use it
     N.qcow2, nbd.sock                                      of the private directory
 
+QEMU's nodes tell of the private directory of a run that had another one, as it was told another
+``?scratch=`` or came by another monitor. If that run is still at work, its lock says so.
+
 Checkpoints are not leftovers: one that no repository has come to know records as well as any, until
 its turn comes to be removed as the oldest of too many.
 """
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 
+from nbdsrv.disk.insist import insist
 from nbdsrv.disk.workers import Workers
 from nbdsrv.source.qemu_address import AGENT_OFF, QemuAddress
 from nbdsrv.source.qemu_agent import GuestAgent, agent_socket
-from nbdsrv.source.qemu_graph import listens, swept
+from nbdsrv.source.qemu_graph import listens, our_files, swept
 from nbdsrv.source.qemu_scratch import Scratch
 from nbdsrv.source.qemu_server import stop_server
 from nbdsrv.source.qmp import QmpClient
@@ -35,21 +41,41 @@ async def sweep(
         What was removed, one line each.
 
     Raises:
-        SourceError: something cannot be removed.
+        SourceError: something cannot be removed, or belongs to a backup that is running.
     """
     removed = []
-    if await workers.look_up(scratch.is_marked):
-        if agent := await find_agent(client, address):
-            await agent.thaw()
-        await workers.look_up(scratch.mark_thawed)
-        removed.append("freeze of the guest's file systems")
-    removed += await swept(client)
-    if await stop_server(client, scratch):
-        removed.append(f"NBD server at {scratch.socket}")
-    removed += await sweep_files(scratch, workers)
+    async with _all_directories(client, scratch, workers) as directories:
+        for each in directories:
+            if await workers.look_up(each.is_marked):
+                if agent := await find_agent(client, address):
+                    await agent.thaw()
+                await workers.look_up(each.mark_thawed)
+                removed.append("freeze of the guest's file systems")
+        removed += await swept(client)
+        for each in directories:
+            if await stop_server(client, each):
+                removed.append(f"NBD server at {each.socket}")
+            removed += await sweep_files(each, workers)
     for line in removed:
         log.info("qemu.swept vm=%s removed=%s", client.name, line)
     return removed
+
+
+@contextlib.asynccontextmanager
+async def _all_directories(
+    client: QmpClient, scratch: Scratch, workers: Workers
+) -> AsyncIterator[list[Scratch]]:
+    """This run's, and those that QEMU has files of ours in; all locked."""
+    directories = [scratch]
+    try:
+        for file in await our_files(client):
+            other = await workers.look_up(scratch.beside, file)
+            if other is not None:
+                directories.append(other)
+        yield directories
+    finally:
+        for each in directories[1:]:
+            await insist(workers.look_up(each.close))
 
 
 async def sweep_files(scratch: Scratch, workers: Workers) -> list[str]:

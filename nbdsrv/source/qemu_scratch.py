@@ -26,6 +26,7 @@ MAX_SOCKET_PATH = 107
 RESERVE = 256 << 20
 """Bytes that must stay free. The guest's own writes fail once no more can be kept."""
 _FLEECE = re.compile(r"[0-9]+\.qcow2")
+_NAME = re.compile(r"nbdsrv-qemu-[0-9a-f]{12}")
 _FROZEN = "frozen"
 _SOCKET = "nbd.sock"
 
@@ -35,8 +36,6 @@ class Scratch:
 
     Attributes:
         path: of it.
-        socket: path of the NBD socket in it.
-        marker: path of the file that says that a guest may be frozen.
     """
 
     def __init__(self, base: str, monitor: str) -> None:
@@ -44,9 +43,18 @@ class Scratch:
         monitor = os.path.realpath(monitor)
         key = hashlib.sha256(monitor.encode(errors="surrogateescape")).hexdigest()[:12]
         self.path = os.path.join(os.path.abspath(base), f"nbdsrv-qemu-{key}")
-        self.socket = os.path.join(self.path, _SOCKET)
-        self.marker = os.path.join(self.path, _FROZEN)
         self._fd: int | None = None
+        self._owner: tuple[int, int] | None = None
+
+    @property
+    def socket(self) -> str:
+        """Path of the NBD socket in it."""
+        return os.path.join(self.path, _SOCKET)
+
+    @property
+    def marker(self) -> str:
+        """Path of the file that says that a guest may be frozen."""
+        return os.path.join(self.path, _FROZEN)
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Make the directory if it is not there, and lock it.
@@ -60,6 +68,7 @@ class Scratch:
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             text = f"{self.socket}: too long for a socket; choose a shorter ?scratch="
             raise SourceError(text, os_errno.ENAMETOOLONG)
+        self._owner = owner
         try:
             while self._fd is None:
                 self._fd = self._locked(owner)
@@ -108,6 +117,31 @@ class Scratch:
                 text = f"QEMU runs as user {owner[0]} and cannot use {self.path}"
                 raise SourceError(f"{text}: run as that user, or as root", os_errno.EPERM)
             os.fchown(fd, *owner)
+
+    def beside(self, file: str) -> "Scratch | None":
+        """The directory of a run that was told another ``?scratch=`` or monitor; opened.
+
+        Args:
+            file: in it, as QEMU names it.
+
+        Returns:
+            None if that is this one, or none of ours, or not there any more.
+
+        Raises:
+            SourceError: as ``open``; most of all, that the other run is still at it.
+        """
+        path = os.path.dirname(file)
+        if _NAME.fullmatch(os.path.basename(path)) is None:
+            return None
+        try:
+            if os.path.samefile(path, self.path):
+                return None
+        except OSError:
+            return None
+        other = Scratch(os.path.dirname(path), "")
+        other.path = path
+        other.open(self._owner)
+        return other
 
     def fleece(self, number: int) -> str:
         """Path of the file for disk ``number``; it does not exist yet."""

@@ -297,6 +297,36 @@ async def test_of_two_backups_one_is_refused(
         assert await images(frozen, workers) == guest.at(0)
 
 
+async def test_a_backup_by_another_monitor_is_refused(tmp_path: Path, workers: Workers) -> None:
+    more = ("-qmp", f"unix:{tmp_path}/third.sock,server=on,wait=off")
+    async with machine(tmp_path, (Drive("vd0", MIB),), *more) as guest:
+        third = QemuVm(f"{tmp_path}/third.sock?scratch={tmp_path}", workers)
+        async with vm_of(guest, workers).freeze({}) as frozen:
+            with pytest.raises(SourceError, match="another backup of this VM is running"):
+                await third.clean()
+            with pytest.raises(SourceError, match="another backup of this VM is running"):
+                await backed_up(third, {})
+            await frozen.still_frozen()
+            assert await images(frozen, workers) == guest.at(0)
+        await backed_up(third, {})
+        assert await guest.left() == []
+    assert not [each for each in os.listdir(tmp_path) if each.startswith("nbdsrv")]
+
+
+async def test_what_a_run_with_another_directory_left_is_removed(
+    guest: Machine, workers: Workers
+) -> None:
+    before = guest.folder / "before"
+    before.mkdir()
+    await victim(f"{guest.monitor}?scratch={before}", {}, 0, "block-export-add")
+    assert os.listdir(before)
+    removed = await vm_of(guest, workers).clean()
+    assert any(line.startswith(f"NBD server at {before}") for line in removed)
+    assert os.listdir(before) == []
+    await backed_up(vm_of(guest, workers), {})
+    assert await guest.left() == []
+
+
 async def test_room_gets_scarce(
     guest: Machine, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
