@@ -189,21 +189,19 @@ class NbdDisk(Disk):
     async def _ask_status(
         self, context: str, offset: int, length: int
     ) -> Sequence[tuple[int, int]]:
-        for attempt in (0, 1):
-            client = await self._links.choose()
+        async def asked(client: Client) -> Sequence[tuple[int, int]]:
             numbers = {name: number for number, name in client.terms.contexts.items()}
             chosen = None
             if client.terms.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD and len(numbers) > 1:
                 chosen = [numbers[context]]
-            try:
-                found = await client.block_status(offset, length, chosen)
-            except ConnectionLost:
-                if attempt:
-                    raise
-                self.incidents.reread += 1
-            else:
-                return found[numbers[context]]
-        raise AssertionError("unreachable")
+            found = await client.block_status(offset, length, chosen)
+            return found[numbers[context]]
+
+        try:
+            return await self._links.ask(asked)
+        except ConnectionLost:
+            self.incidents.reread += 1
+            return await self._links.ask(asked)
 
     # --- changes -------------------------------------------------------------------------
 

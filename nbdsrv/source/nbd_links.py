@@ -18,12 +18,13 @@ import asyncio
 import contextlib
 import errno as os_errno
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from nbdsrv.disk.watch import Watch
 from nbdsrv.errors import DiskError
-from nbdsrv.net.client import Client
+from nbdsrv.net.client import Client, ConnectionLost
 from nbdsrv.net.client_budget import Lease
 from nbdsrv.net.client_connect import Patience
 from nbdsrv.source.nbd_dialler import Dialler
@@ -32,6 +33,8 @@ from protocol.terms import Negotiated
 __all__ = ["Incidents", "Links"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
@@ -119,8 +122,23 @@ class Links:
                 await self._revived()
         return client
 
+    async def ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
+        """What one answers; a server that is about to stop says so on each, and is come back to.
+
+        Raises:
+            DiskError: as ``choose``, or what ``question`` raises.
+        """
+        for _ in range(self.count):
+            client = await self.choose()
+            try:
+                return await question(client)
+            except ConnectionLost as error:
+                if error.errno != os_errno.ESHUTDOWN:
+                    raise
+        return await question(await self.choose())
+
     def ready(self) -> Client | None:
-        """The same, if there is one that can be used at once."""
+        """The same as ``choose``, if there is one that can be used at once."""
         while best := self._least():
             if best.usable:
                 if best.load and len(self._clients) < self._limit and self._opening is None:

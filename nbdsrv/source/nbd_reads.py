@@ -163,8 +163,7 @@ class Reads:
         length = len(view)
         await self._depth.enter(length)
         try:
-            client = await self._links.choose()
-            await client.read(offset, view)
+            await self._links.ask(lambda client: client.read(offset, view))
             self._depth.answered(length)
         finally:
             self._depth.leave(length)

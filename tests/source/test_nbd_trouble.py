@@ -271,6 +271,36 @@ async def test_a_server_that_wants_to_stop_is_left(sock: Path, workers: Workers)
         assert served == ["shutdown", "left"]
 
 
+async def test_a_server_that_is_restarted_says_so_on_all_connections(
+    sock: Path, workers: Workers
+) -> None:
+    opened: list[int] = []
+    both = asyncio.Event()
+
+    async def talk(conversation: Conversation) -> None:
+        opened.append(1)
+        number = len(opened)
+        if number == 3:
+            return  # it has stopped, and is not back yet
+        await conversation.agree(len(GOLDEN), structured=False)
+        if number == 2:
+            both.set()
+        await both.wait()
+        while (request := await conversation.request()).type == 0:
+            data = GOLDEN[request.offset : request.offset + request.length]
+            if number > 2:
+                conversation.simple(request.cookie, data)
+            else:
+                conversation.simple(request.cookie, error=108)
+
+    async with misbehaving(sock, talk):
+        disk = await open_nbd(unix_uri(sock), workers, patience=HASTY, connections=2)
+        reads = (content(disk, at, 512) for at in (0, 512, 1024))
+        assert b"".join(await asyncio.gather(*reads)) == GOLDEN[:1536]
+        assert disk.incidents.salvaged == 0
+        await disk.close()
+
+
 async def test_a_server_that_grants_one_connection_is_read_over_one(
     sock: Path, workers: Workers
 ) -> None:
