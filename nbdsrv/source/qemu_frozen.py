@@ -89,6 +89,7 @@ class QemuFrozen(Frozen):
         self._started = False
         self._succeeded = False
         self._reason = ""
+        self._asleep: GuestAgent | None = None
         self._over = asyncio.Event()
 
     @property
@@ -140,7 +141,7 @@ class QemuFrozen(Frozen):
         self.consistency = "filesystem" if quiet else "crash"
 
     async def _quieten(self, agent: GuestAgent) -> bool:
-        await self._workers.look_up(self._scratch.mark_frozen)
+        await self._workers.look_up(self._scratch.mark_frozen, agent.path)
         try:
             count = await agent.freeze()
         except SourceError as error:
@@ -155,9 +156,12 @@ class QemuFrozen(Frozen):
             if agent.touched:
                 await agent.thaw()
         except SourceError as error:
-            # The next run tries again, for the marker stays. What was read is good all the same.
+            # Tried again at the end, and by the next run, for the marker stays. What was read is
+            # good all the same.
             log.warning("qemu.not_thawed vm=%s reason=%s", self.client.name, error)
+            self._asleep = agent
             return
+        self._asleep = None
         await self._workers.look_up(self._scratch.mark_thawed)
 
     async def _vm_facts(self) -> dict[str, Any]:
@@ -253,6 +257,11 @@ class QemuFrozen(Frozen):
         for disk, base in self._chosen:
             for bitmap in superseded(disk, base, self._known.get(disk.name, ()), needed):
                 await remove_bitmap(client, disk.node, bitmap)
+        if self._asleep is not None:
+            await self._wake(self._asleep)
+        if self._asleep is not None:
+            text = f"{client.name}: the guest's file systems may still be frozen"
+            raise SourceError(f"{text}: its agent at {self._asleep.path} did not thaw them")
 
     async def release(self) -> None:
         """Take everything away. What cannot be is left to the next run."""

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator
 
 from nbdsrv.disk.insist import insist
 from nbdsrv.disk.workers import Workers
+from nbdsrv.source.hypervisor import SourceError
 from nbdsrv.source.qemu_address import AGENT_OFF, QemuAddress
 from nbdsrv.source.qemu_agent import GuestAgent, agent_socket
 from nbdsrv.source.qemu_graph import listens, our_files, swept
@@ -46,9 +47,9 @@ async def sweep(
     removed = []
     async with _all_directories(client, scratch, workers) as directories:
         for each in directories:
-            if await workers.look_up(each.is_marked):
-                if agent := await find_agent(client, address):
-                    await agent.thaw()
+            if await workers.look_up(each.is_marked) and await _thawed(
+                client, each, address, workers
+            ):
                 await workers.look_up(each.mark_thawed)
                 removed.append("freeze of the guest's file systems")
         removed += await swept(client)
@@ -59,6 +60,30 @@ async def sweep(
     for line in removed:
         log.info("qemu.swept vm=%s removed=%s", client.name, line)
     return removed
+
+
+async def _thawed(
+    client: QmpClient, scratch: Scratch, address: QemuAddress, workers: Workers
+) -> bool:
+    """By the agent that may have frozen them, whatever is said about an agent now.
+
+    Returns:
+        False if that one does not answer, and no agent is wanted for this backup.
+
+    Raises:
+        SourceError: the guest may still be frozen.
+    """
+    path = await workers.look_up(scratch.frozen_by)
+    agent = GuestAgent(path) if path else await find_agent(client, address)
+    try:
+        if agent is not None:
+            await agent.thaw()
+    except SourceError as error:
+        if address.agent != AGENT_OFF:
+            raise
+        log.warning("qemu.not_thawed vm=%s reason=%s", client.name, error)
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager

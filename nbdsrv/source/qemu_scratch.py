@@ -175,17 +175,27 @@ class Scratch:
         """Bytes before less is free than must stay so; negative after."""
         return self.free() - RESERVE
 
-    def mark_frozen(self) -> None:
-        """A guest's file systems are about to be frozen.
+    def mark_frozen(self, agent: str) -> None:
+        """A guest's file systems are about to be frozen, by the agent at that socket.
 
         Raises:
             SourceError: that cannot be noted down.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            os.close(os.open(self.marker, flags, 0o600))
+            with os.fdopen(os.open(self.marker, flags, 0o600), "wb") as file:
+                file.write(os.fsencode(os.path.abspath(agent)))
         except OSError as error:
             raise SourceError.from_os(self.marker, error) from error
+
+    def frozen_by(self) -> str:
+        """The socket of the agent that may have frozen them; "" if that was not noted down."""
+        try:
+            fd = os.open(self.marker, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as file:
+                return os.fsdecode(file.read(MAX_SOCKET_PATH))
+        except OSError:
+            return ""
 
     def protect_socket(self) -> None:
         """Nobody but us may connect to it.

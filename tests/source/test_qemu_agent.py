@@ -104,6 +104,43 @@ async def test_thawing_is_tried_again(vm: QemuVm, inside: Agent) -> None:
     assert inside.asked == [FREEZE, THAW, THAW]
 
 
+async def test_a_guest_that_stays_frozen_is_a_failure_to_succeed(
+    vm: QemuVm, inside: Agent, guest: Machine
+) -> None:
+    inside.mute.add(THAW)
+    async with vm.freeze({}) as frozen:
+        with pytest.raises(SourceError, match="may still be frozen"):
+            await frozen.succeed()
+    assert await guest.checkpoints() == {"vd0-node": [frozen.disks[0].checkpoint]}
+    inside.mute.clear()
+    assert await vm.clean() == ["freeze of the guest's file systems"]
+    assert not inside.frozen
+
+
+async def test_a_guest_that_can_be_thawed_later_is(vm: QemuVm, inside: Agent) -> None:
+    inside.mute.add(THAW)
+    async with vm.freeze({}) as frozen:
+        inside.mute.clear()
+        await frozen.succeed()
+        assert not inside.frozen
+    assert await vm.clean() == []
+
+
+async def test_a_frozen_guest_is_thawed_whatever_agent_is_wanted_now(
+    inside: Agent, guest: Machine, workers: Workers
+) -> None:
+    location = f"{guest.monitor}?scratch={guest.folder}"
+    await victim(f"{location}&agent={inside.path}", {}, 0, "transaction")
+    assert inside.frozen
+    without = QemuVm(f"{location}&agent=off", workers)
+    inside.mute.add(THAW)
+    assert "freeze of the guest's file systems" not in await without.clean()
+    assert inside.frozen
+    inside.mute.clear()
+    assert await without.clean() == ["freeze of the guest's file systems"]
+    assert not inside.frozen
+
+
 async def test_thawed_when_the_transaction_fails(
     vm: QemuVm, inside: Agent, guest: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,10 +234,12 @@ def test_a_link_in_it_is_not_followed(tmp_path: Path) -> None:
     os.symlink(other, scratch.marker)
     assert scratch.is_marked()
     with pytest.raises(SourceError, match="frozen: "):
-        scratch.mark_frozen()
+        scratch.mark_frozen("/run/qga.sock")
+    assert scratch.frozen_by() == ""
     scratch.mark_thawed()
-    scratch.mark_frozen()
+    scratch.mark_frozen("/run/qga.sock")
     assert scratch.is_marked()
+    assert scratch.frozen_by() == "/run/qga.sock"
     scratch.mark_thawed()
     scratch.close()
     assert other.read_bytes() == b"precious"
