@@ -223,8 +223,13 @@ class _Reading:
                 line = self.lines.get(("export", other, "name"))
                 said = f"this name is taken by the export in line {line}"
                 raise self.mistake(("export", n, "name"), said)
+        prefixes: dict[str, str] = {}
         for name, repository in settings.repository.items():
             self._check_repository(settings, ("repository", name), repository)
+            prefix = f"{name}/" if repository.prefix is None else repository.prefix
+            if (taken := prefixes.setdefault(prefix, name)) != name:
+                said = f"repository.{taken} has {prefix!r} too: of points of one name one is hidden"
+                raise self.mistake(("repository", name), said)
         self._check_places(settings)
         self._check_tls(settings)
 

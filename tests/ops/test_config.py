@@ -106,6 +106,11 @@ MISTAKES = [
         '[repository.main]\nlocation = "repo:/r"\npassphrase_file = "/nowhere"\n',
         ":3: repository.main.passphrase_file: NBDSRV_PASSPHRASE_FILE /nowhere:",
     ),
+    (
+        '[repository.main]\nlocation = "repo:/r"\n[repository.other]\n'
+        'location = "repo:/s"\nprefix = "main/"\n',
+        ":3: repository.other: repository.main has 'main/' too",
+    ),
     # listeners
     ('listen = ["a:b"]\n', ":1: listen[0]: expected HOST:PORT, unix:PATH or systemd"),
     ('listen = ["unix:"]\n', ":1: listen[0]: unix: needs a path"),
