@@ -52,12 +52,32 @@ _MAPPED = {
     os_errno.EOPNOTSUPP: Errno.ENOTSUP,
     os_errno.ESHUTDOWN: Errno.ESHUTDOWN,
 }
+# Another server that our bytes come from, or the way there. The specification says EINVAL of what
+# it does not list, but a request is not at fault if a cable is.
+_MAPPED |= dict.fromkeys(
+    (
+        os_errno.ECONNREFUSED,
+        os_errno.ECONNRESET,
+        os_errno.ECONNABORTED,
+        os_errno.EPIPE,
+        os_errno.ENOTCONN,
+        os_errno.ETIMEDOUT,
+        os_errno.EHOSTUNREACH,
+        os_errno.EHOSTDOWN,
+        os_errno.ENETUNREACH,
+        os_errno.ENETDOWN,
+        os_errno.ESTALE,
+        os_errno.EPROTO,
+    ),
+    Errno.EIO,
+)
 
 
 def wire_errno(number: int | None) -> Errno:
     """An operating system errno as the wire knows it.
 
-    What the specification does not list becomes EINVAL; an error without a number is EIO.
+    What the specification does not list becomes EINVAL; an error without a number is EIO, and so is
+    one of the network.
     """
     if number is None:
         return Errno.EIO

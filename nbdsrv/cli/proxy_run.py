@@ -81,18 +81,24 @@ async def pass_on(passing: Passing) -> None:
     prepare_process(passing.serving)
     workers = Workers()
     listeners = open_listeners(passing.serving)
+    stop = _Signals(asyncio.current_task())
     with _closing(listeners):
         front = _Front(passing, workers, listeners)
         for name, source in passing.disks.items():
             opening = partial(_open, source, workers, passing)
             # Not the whole path: where things lie is no concern of a client.
             front.add(name, os.path.basename(source.location), opening)
-        with delivering(workers):  # fail now rather than when the first client comes
-            for export in front.catalogue:
-                await export.acquire()
-                await export.release()
-        stop = _Signals()
-        await front.serve(stop)
+        try:
+            with delivering(workers):  # fail now rather than when the first client comes
+                for export in front.catalogue:
+                    await export.acquire()
+                    await export.release()
+        except asyncio.CancelledError:
+            if stop.number is None:
+                raise
+        else:
+            stop.spare()
+            await front.serve(stop)
     workers.close()
     ignore_signals()
 
@@ -221,6 +227,10 @@ class _Signals:
             loop.add_signal_handler(number, self._told, number)
         # A hang-up must not end the server of a closed terminal's session.
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
+
+    def spare(self) -> None:
+        """From now on nothing is cancelled."""
+        self._task = None
 
     def _told(self, number: signal.Signals) -> None:
         if self.serving is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,15 @@ from typing import Any
 
 import pytest
 
-from tests.cli.program import Served, nbdsrv, refusal, serving
+from tests.cli.program import (
+    COMMAND,
+    PATIENCE,
+    Served,
+    environment,
+    nbdsrv,
+    refusal,
+    serving,
+)
 
 MIB = 1 << 20
 SIZE = 24 * MIB
@@ -158,6 +167,26 @@ def test_what_a_client_reads_is_kept(upstream: Upstream, tmp_path: Path) -> None
     assert row["mode"] == "incremental"
     assert row["read_bytes"] == 65536
     assert restored(tees[1], tmp_path) == upstream.content
+
+
+def test_a_proxy_that_is_stopped_before_it_serves(tmp_path: Path) -> None:
+    """Its upstream takes its time; the socket it was to listen on does not stay."""
+    up, down = tmp_path / "mute.sock", tmp_path / "down.sock"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(up))
+        mute.listen()
+        words = [*COMMAND, "proxy", f"nbd+unix:///?socket={up}", "--listen", f"unix:{down}"]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        ) as process:
+            connection, _ = mute.accept()
+            with connection:
+                assert down.exists()
+                for number in (signal.SIGHUP, signal.SIGTERM):
+                    process.send_signal(number)
+                out, said = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, said) == (0, "", "")
+    assert not down.exists()
 
 
 def test_what_nobody_reads_is_read_at_the_end(upstream: Upstream, tmp_path: Path) -> None:

@@ -107,8 +107,10 @@ MISTAKES = [
         ":3: repository.main.passphrase_file: NBDSRV_PASSPHRASE_FILE /nowhere:",
     ),
     (
-        '[repository.main]\nlocation = "repo:/r"\n[repository.other]\n'
-        'location = "repo:/s"\nprefix = "main/"\n',
+        (
+            '[repository.main]\nlocation = "repo:/r"\n'
+            '[repository.other]\nlocation = "repo:/s"\nprefix = "main/"\n'
+        ),
         ":3: repository.other: repository.main has 'main/' too",
     ),
     # listeners
