@@ -108,7 +108,12 @@ def rm(repository: str, slot: str) -> None:
 
 @key.command()
 @click.argument("repository")
-@click.option("--label", default=None, callback=lambda c, p, t: t if t is None else _label(c, p, t))
+@click.option(
+    "--label",
+    default=None,
+    callback=lambda c, p, t: t if t is None else _label(c, p, t),
+    help="Whose passphrase it is.  [default: as it was]",
+)
 def change(repository: str, *, label: str | None) -> None:
     """Put a new passphrase in the place of the one that is valid now (also: rotate)."""
     with _opened(repository) as (store, config):

@@ -14,7 +14,7 @@ PATIENCE_S = 300.0
 
 @click.command()
 @click.option("--socket", metavar="PATH", help="The server's admin socket.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print what has changed as JSON.")
 def reload(*, socket: str | None, as_json: bool) -> None:
     """Have a running server read its configuration file again.
 
