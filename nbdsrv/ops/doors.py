@@ -66,12 +66,11 @@ class Doors:
         return [listener for listeners in self._open.values() for listener in listeners]
 
     def places(self, given: Sequence[str], default: str, mode: int) -> list[Place]:
-        """Where to listen if that was asked for, each once; and where if nothing was."""
+        """Where to listen if that was asked for, and what if nothing was."""
         wheres = list(given) or ([SYSTEMD] if self._given else [default])
         if SYSTEMD not in wheres and self._given:
             log.warning('listen.unused: systemd hands over sockets; "systemd" is not in listen')
-        places = [(where, mode if where.startswith("unix:") else 0) for where in wheres]
-        return list(dict.fromkeys(places))
+        return [(where, mode if where.startswith("unix:") else 0) for where in wheres]
 
     def open(self, places: Sequence[Place]) -> list[Listener]:
         """Listen there; all of it or nothing.

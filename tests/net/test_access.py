@@ -210,14 +210,6 @@ def test_nothing_beyond_loopback_without_being_asked(tmp_path: Path, image: Path
     ]
 
 
-def test_a_place_named_twice_is_one() -> None:
-    from nbdsrv.ops.doors import Doors
-
-    given = ["unix:/a", "127.0.0.1:0", "unix:/a", "127.0.0.1:0"]
-    places = [("unix:/a", 0o600), ("127.0.0.1:0", 0)]
-    assert Doors(service=False).places(given, "", 0o600) == places
-
-
 def test_one_that_cannot_be_opened_is_unknown_and_not_forbidden(start: Start, image: Path) -> None:
     """A store that is down, a file that is gone: POLICY and PLATFORM would be read as "never"."""
     service = start(export(image, "gone"))
