@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from nbdsrv.errors import RepositoryError
-from nbdsrv.store.store import ObjectMissing, Store, StoreError
+from nbdsrv.store.store import ObjectMissing, Store, Stored, StoreError
 
 __all__ = ["PINS", "Pin", "pin_key", "pins", "put_pin"]
 
@@ -82,8 +82,13 @@ def put_pin(store: Store, name: str, point: str, host: str, what: str) -> None:
     store.put(pin_key(name), data)
 
 
-def pins(store: Store) -> list[Pin]:
+def pins(store: Store, read: dict[Stored, Pin] | None = None) -> list[Pin]:
     """All of them. Blocking.
+
+    Args:
+        store: of the repository.
+        read: those of earlier calls, by their row in the listing, which are not fetched again: an
+            overlay's pin never comes to name another point. Is added to.
 
     Raises:
         RepositoryError: one makes no sense, and nobody knows which point it pins.
@@ -93,6 +98,9 @@ def pins(store: Store) -> list[Pin]:
     for stored in store.list(PINS):
         if _NAME.fullmatch(stored.key) is None:
             continue  # somebody else's
+        if read is not None and stored in read:
+            found.append(read[stored])
+            continue
         try:
             record = msgspec.json.decode(store.get(stored.key, MAX_PIN), type=_Record)
         except ObjectMissing:
@@ -105,7 +113,10 @@ def pins(store: Store) -> list[Pin]:
             raise _senseless(store, stored.key, str(error)) from error
         if record.v != 1:
             raise RepositoryError(f"{store.name}: {stored.key}: use a newer nbdsrv")
-        found.append(Pin(stored.key, record.point, record.host, record.what))
+        pin = Pin(stored.key, record.point, record.host, record.what)
+        found.append(pin)
+        if read is not None:
+            read[stored] = pin
     return found
 
 

@@ -17,11 +17,11 @@ from nbdsrv.errors import CorruptImage, RepositoryError
 from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.lease import Lease, live_leases
-from nbdsrv.repository.native.pins import pins
+from nbdsrv.repository.native.pins import Pin, pins
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.retention import Candidate, Rules, decide
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, Stored
 
 __all__ = ["DamagedPoint", "Fate", "Pruned", "prune"]
 
@@ -119,18 +119,19 @@ def prune(
     for name, records in sorted(by_group.items()):
         done.fates[name] = _fates(records, rules, zone)
     if dry_run:
-        _spare(done, time.time(), {} if force else _needed(vault, time.time()))
+        _spare(done, time.time(), {} if force else _needed(vault, time.time(), {}))
         _mark_damaged(done, delete=damaged)
         return done
     # A reader's lease on nothing: it tells the time by the store's clock.
     with Lease(vault.store, "reader") as lease:
         # A lock is held by both clocks: a store's may be wrong, and so may ours.
         now = min(time.time(), lease.record.opened)
-        _spare(done, now, {} if force else _needed(vault, lease.record.opened))
+        read: dict[Stored, Pin] = {}
+        _spare(done, now, {} if force else _needed(vault, lease.record.opened, read))
         _mark_damaged(done, delete=damaged)
         for record in done.deleted:
             # Asked again each time: who opens a point takes its lease first, then looks for it.
-            needed = {} if force else _needed(vault, lease.record.opened)
+            needed = {} if force else _needed(vault, lease.record.opened, read)
             if _is_idle(done.fates[record.group], record, needed):
                 vault.store.delete(point_key(record.group, record.id))
         if force:
@@ -179,14 +180,17 @@ def _is_idle(fates: list[Fate], record: PointRecord, needed: dict[str, str]) -> 
     return not why
 
 
-def _needed(vault: Vault, now: float) -> dict[str, str]:
-    """``group/ulid`` of the points that are being read or are pinned: by whom."""
-    read = {
+def _needed(vault: Vault, now: float, read: dict[Stored, Pin]) -> dict[str, str]:
+    """``group/ulid`` of the points that are being read or are pinned: by whom.
+
+    ``read``: the pins that were read before.
+    """
+    leased = {
         point: f"it is being read on {lease.host or 'some host'} (process {lease.pid})"
         for lease in live_leases(vault.store, now)
         for point in lease.points
     }
-    return {pin.point: f"{pin} stands on it" for pin in pins(vault.store)} | read
+    return {pin.point: f"{pin} stands on it" for pin in pins(vault.store, read)} | leased
 
 
 def _forget_pins(vault: Vault, gone: set[str]) -> None:

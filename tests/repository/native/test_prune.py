@@ -6,6 +6,7 @@ import pytest
 
 from nbdsrv.repository.native.layout import LEASES, POINTS, point_key
 from nbdsrv.repository.native.lease import STALE_S, Lease
+from nbdsrv.repository.native.pins import PINS, put_pin
 from nbdsrv.repository.native.prune import prune
 from nbdsrv.repository.retention import Rules
 from nbdsrv.store.faulty import Crash, Crashed, FaultyStore, calls, crashes
@@ -119,6 +120,31 @@ def test_who_begins_to_read_meanwhile_is_spared_too(store: MemoryStore) -> None:
     lease.release()
     assert [fate.deleted for fate in done.fates["one"]] == [False, True, True, False, True]
     assert len(left(store)) == 7
+
+
+def test_pins_are_read_once_however_many_points_go(store: MemoryStore) -> None:
+    kept = five(store)
+    record = kept.disks[0][0]
+    for number in range(3):
+        put_pin(store, f"{number:032x}", f"{record.group}/{record.id}", "host", f"/{number}")
+    seen = FaultyStore(store)
+    done = prune(reopened(seen), "one", Rules(last=1))
+    assert len(done.deleted) == 3
+    assert sum(call.method == "get" and call.key.startswith(PINS) for call in seen.log) == 3
+
+
+def test_who_pins_a_point_meanwhile_is_spared_too(store: MemoryStore) -> None:
+    kept = five(store)
+    second = kept.disks[1][0]
+
+    class Pinning(FaultyStore):
+        def delete(self, key: str) -> None:
+            if key.startswith(POINTS):
+                put_pin(store, "0" * 32, f"{second.group}/{second.id}", "host", "/overlay")
+            super().delete(key)
+
+    done = prune(reopened(Pinning(store)), "one", Rules(last=1))
+    assert [fate.deleted for fate in done.fates["one"]] == [False, True, True, False, True]
 
 
 def test_a_reader_that_died_spares_nothing_for_ever(store: MemoryStore) -> None:
