@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nbdsrv.errors import CorruptImage, PointMissing
 from nbdsrv.repository.destination import Destination, KnownPoint
 from nbdsrv.repository.repository import stamp_of
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, StoreError
 
 __all__ = ["AUTO", "FULL", "Parent", "can_build_upon", "choose_parent", "matches", "readable"]
 
@@ -60,8 +60,9 @@ def choose_parent(destination: Destination, group: str, disks: Sequence[str], si
                 return Parent(record, damaged)
         except ObjectMissing:
             continue  # pruned meanwhile
-        except CorruptImage:
-            damaged = damaged or f"{key} is damaged"
+        except CorruptImage as error:
+            unread = isinstance(error.__cause__, StoreError)
+            damaged = damaged or f"{key} {'cannot be read' if unread else 'is damaged'}"
     if damaged:
         return Parent(None, f"no point of {group!r} can be built upon: {damaged}")
     return Parent(None, f"no point of {group!r} has this disk")

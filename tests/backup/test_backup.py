@@ -212,6 +212,17 @@ async def test_a_damaged_point_is_not_built_upon(workers: Workers) -> None:
     assert "no point of 'vm' can be built upon: points/vm/" in disk.reason
 
 
+async def test_a_point_that_cannot_be_read_is_not_called_damaged(workers: Workers) -> None:
+    store = MemoryStore()
+    guest = Guest(bytearray(noise(MIB)))
+    await back_up(workers, fresh_vault(store), guest)
+    (row,) = store.list("points/")
+    failing = FaultyStore(store, failures=[Failure(calls("get", key=row.key), errno.EIO)])
+    failing.distant = True
+    (disk,) = (await back_up(workers, Vault.open(failing, str), guest)).disks
+    assert disk.reason == f"no point of 'vm' can be built upon: {row.key} cannot be read"
+
+
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("kept", [0, 100, -30, None])
 async def test_a_map_that_was_cut_off_costs_a_scan_and_not_the_backup(

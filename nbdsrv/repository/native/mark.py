@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.native.census import THREADS, Census
-from nbdsrv.repository.native.damage import damage_of
+from nbdsrv.repository.native.damage import damage_of, is_outage
 from nbdsrv.repository.native.entries import key_of
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID
@@ -31,7 +31,7 @@ from nbdsrv.repository.native.pack import HEADER_SIZE, RECORD_SIZE, TRAILER_SIZE
 from nbdsrv.repository.native.point import Ref
 from nbdsrv.repository.native.slots import Page, Root
 from nbdsrv.repository.native.vault import Vault
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, StoreError
 
 __all__ = ["Live", "Mark", "Marker", "Missing", "mark"]
 
@@ -182,6 +182,8 @@ class Marker:
         except ObjectMissing:
             return  # pruned meanwhile
         except CorruptImage as error:
+            if isinstance(error.__cause__, StoreError) and is_outage(error, self._vault.store):
+                raise error.__cause__ from error
             self.found.damage.append(error)
             return
         self.found.points += 1
@@ -222,14 +224,26 @@ class Marker:
         try:
             return self._vault.root(ref)
         except DiskError as error:
-            return damage_of(error)
+            return self._damage(error, ref.place)
 
     def page(self, root: Root, number: int) -> Page | CorruptImage:
         """A page of it, likewise; called by many threads."""
         try:
             return self._vault.page(root, number)
         except DiskError as error:
-            return damage_of(error)
+            return self._damage(error, root.pages.place(number))
+
+    def _damage(self, error: DiskError, place: Place) -> CorruptImage:
+        """What a map that cannot be read suffers from.
+
+        Raises:
+            DiskError: nothing: the service failed. It does too where a pack ends too early.
+        """
+        pack = self._census.packs.get(place.pack)
+        ends = pack is not None and place.offset + ENTRY_SIZE + place.length > pack.size
+        if not ends and is_outage(error, self._vault.store):
+            raise error
+        return damage_of(error)
 
     @staticmethod
     def row(_id: bytes, offset: int, clen: int, _codec: int, _frames: bytes, /) -> int:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from nbdsrv.errors import CorruptImage, RepositoryError
 from nbdsrv.repository.native.config import RepositoryConfig
+from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.entries import Entries
 from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID, Hashing
@@ -183,7 +184,8 @@ class Vault:
         except StoreError as error:
             # One bad sector must not hide all the other points.
             if error.errno in _DAMAGED:
-                raise CorruptImage(f"corrupt repository: {error}") from error
+                blame = "" if is_outage(error, self.store) else "corrupt repository: "
+                raise CorruptImage(f"{blame}{error}") from error
             raise
         return decode_point(key, data, self.repository, self.sealing, self.hashing)
 

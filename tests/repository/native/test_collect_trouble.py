@@ -7,7 +7,7 @@ import pytest
 
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.collect import collect
-from nbdsrv.repository.native.layout import CONDEMNED, INDEX, LEASES, METAS, PACKS
+from nbdsrv.repository.native.layout import CONDEMNED, INDEX, LEASES, METAS, PACKS, POINTS
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
 from nbdsrv.store.store import StoreError
@@ -46,6 +46,22 @@ def test_a_call_that_fails_loses_nothing(
         kept.check(inside)
         assert keys(inside, CONDEMNED, LEASES) == []
         assert len(keys(inside, INDEX)) == 1
+
+
+@pytest.mark.parametrize("prefix", [POINTS, METAS])
+def test_a_service_that_fails_is_not_called_damage(
+    made: tuple[MemoryStore, Kept], prefix: str
+) -> None:
+    store, _ = made
+    before = keys(store, PACKS, METAS, POINTS)
+    reads = calls("get", "get_range", key=f"{prefix}.*")
+    failing = FaultyStore(store, failures=[Failure(reads, errno.EIO)])
+    failing.distant = True
+    with pytest.raises(StoreError) as raised:
+        collect(reopened(failing), grace_s=0)
+    assert "corrupt" not in str(raised.value)
+    assert "prune --damaged" not in str(raised.value)
+    assert keys(store, PACKS, METAS, POINTS) == before
 
 
 def test_a_full_disk_stops_it_before_anything_is_deleted(
