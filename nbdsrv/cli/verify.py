@@ -87,6 +87,9 @@ def verify(
             raise ConfigError(f"{repository}: {text}")
         verify_foreign(source, level, as_json=as_json, quiet=quiet)
         return
+    if level == "structure" and (sample is not None or time_budget or max_bytes):
+        text = "--sample, --time-budget and --max-bytes go with --level packs or chunks"
+        raise ConfigError(f"{repository}: {text}")
     vault = open_keyless(source) if without_key else open_vault(source)
     try:
         with progress("verifying", quiet=quiet) as advance:

@@ -189,6 +189,8 @@ def test_bad_use_of_verify_and_gc(place: Path, tmp_path: Path) -> None:
     assert "--time-budget" in refusal(2, "verify", f"repo:{place}", "--time-budget", "x")
     assert "--max-bytes" in refusal(2, "verify", f"repo:{place}", "--max-bytes", "x")
     assert "--grace" in refusal(2, "gc", f"repo:{place}", "--grace", "-1")
+    for words in (("--sample", "5"), ("--time-budget", "5m"), ("--max-bytes", "5M")):
+        assert "--level packs" in refusal(2, "verify", f"repo:{place}", *words)
     refusal(2, "gc", f"repo:{place}#vm")
     for command in ("verify", "gc"):
         assert "no repository" in refusal(1, command, f"repo:{tmp_path}/nothing")
