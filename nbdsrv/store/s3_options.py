@@ -73,9 +73,9 @@ class S3Options:
         """What the environment says.
 
         Raises:
-            ConfigError: a service of one's own and no credentials for it. On Amazon's machines
-                they need not be in the environment; elsewhere asking for them takes long and ends
-                in an obscure error.
+            ConfigError: half of a key, or a service of one's own and no credentials for it. On
+                Amazon's machines they need not be in the environment; elsewhere asking for them
+                takes long and ends in an obscure error.
         """
         get = environment.get
         endpoint = next((environment[name] for name in _ENDPOINTS if get(name)), "")
@@ -84,6 +84,8 @@ class S3Options:
                 f"AWS_ENDPOINT_URL={endpoint}: no credentials for it; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             )
+        if get("AWS_ACCESS_KEY_ID") and not get("AWS_SECRET_ACCESS_KEY"):
+            raise ConfigError("AWS_ACCESS_KEY_ID is set; set AWS_SECRET_ACCESS_KEY too")
         return cls(
             endpoint=endpoint,
             allow_http=get("AWS_ALLOW_HTTP", "").lower() in _YES,

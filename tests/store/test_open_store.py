@@ -85,12 +85,18 @@ def test_what_the_environment_says() -> None:
             "AWS_ALLOW_HTTP": "TRUE",
             "SSL_CERT_FILE": "/certificates.pem",
             "AWS_ACCESS_KEY_ID": "somebody",
+            "AWS_SECRET_ACCESS_KEY": "secret",
         }
     )
     assert options.endpoint == "https://s3.example.com"
     assert options.allow_http
     assert options.ca_bundle == "/certificates.pem"
     assert S3Options.from_environment({}) == S3Options()
+
+
+def test_half_a_key() -> None:
+    with pytest.raises(ConfigError, match="set AWS_SECRET_ACCESS_KEY too"):
+        S3Options.from_environment({"AWS_ACCESS_KEY_ID": "somebody"})
 
 
 def test_secrets_are_not_shown() -> None:
