@@ -37,8 +37,8 @@ def changed_since(source: Disk, point: str) -> str:
         return CHANGED_SINCE + text
     found = [each for each in source.contexts if each.startswith(CHANGED_SINCE + text)]
     if len(found) != 1:
-        what = f"{len(found)} other points" if found else "no other point"
-        raise PointMissing(f"{source.name}: {what} of this disk match {point}; `nbdsrv ls` shows")
+        what = f"{len(found)} other points match" if found else "no other point matches"
+        raise PointMissing(f"{source.name}: {what} {point}; name one by its id, see `nbdsrv ls`")
     return found[0]
 
 

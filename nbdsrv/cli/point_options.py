@@ -16,6 +16,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAX_LEVEL = 19
 
 
+def _tells_changes(_: click.Context, __: click.Parameter, context: str) -> str:
+    # Every server has it, and what is not allocated now may well have been before.
+    if context == "base:allocation":
+        raise ConfigError(f"--changed {context} tells what is data, not what has changed")
+    return context
+
+
 def point_options(when: str = "") -> Callable[[F], F]:
     """Give a command all of them, in this order; ``when`` begins each help text."""
     options = (
@@ -30,6 +37,7 @@ def point_options(when: str = "") -> Callable[[F], F]:
             "--changed",
             default="",
             metavar="CONTEXT",
+            callback=_tells_changes,
             help=f"{when}A meta context of the source that tells what has changed since then.",
         ),
         click.option(

@@ -170,7 +170,7 @@ async def open_file(file: ImageFile, kind: str, opening: Opening, *, probed: boo
         raise UnsupportedImage(f"{file.path}: {kind} images have no members")
     if opening.writable and kind not in {"raw", "qcow2"}:
         raise UnsupportedImage(
-            f"{file.path}: {kind} images are served read-only; leave out --write"
+            f"{file.path}: {kind} images are served read-only; raw and qcow2 can be written to"
         )
     module, _, name = where.partition(":")
     open_format = cast("OpenFormat", getattr(import_module(module), name))

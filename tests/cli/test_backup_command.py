@@ -182,12 +182,18 @@ def test_bad_use_is_one_line(tmp_path: Path, disk: Path) -> None:
     assert "--since full" in refusal(
         2, "backup", disk, "--to", repository, "--since", "full", "--changed", "x:y"
     )
+    said = refusal(2, "backup", disk, "--to", repository, "--changed", "base:allocation")
+    assert "not what has changed" in said
     assert "no point" in refusal(1, "backup", disk, "--to", repository, "--since", "0123")
     assert "use copy" in refusal(2, "restore", disk, tmp_path / "out")
     assert "has no restore points" in refusal(1, "restore", f"{repository}#", tmp_path / "out")
     assert "--force" in refusal(
         2, "restore", f"{repository}#", tmp_path / "out", "--changed-since", "0", "--force"
     )
+    nbdsrv("backup", disk, "--to", repository)
+    since = ("--changed-since", "0123")
+    said = refusal(1, "restore", f"{repository}#", disk, *since)
+    assert "no other point matches 0123" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
