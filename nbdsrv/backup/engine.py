@@ -34,6 +34,7 @@ from nbdsrv.backup.target import Part, Target
 from nbdsrv.backup.tee import Tee
 from nbdsrv.copying.progress import Advance
 from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
+from nbdsrv.copying.survey import DataMap, survey
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
@@ -316,8 +317,9 @@ class Backup:
     async def _recheck(self, source: Disk, part: Part) -> None:
         """Read a sample of what is said to be unchanged."""
         chosen: list[tuple[int, int]] = []
+        data = await _data_now(source, part.writer.granularity) if self._order.recheck else None
         async with part.target.failing_alone():
-            chosen = await part.writer.sample(self._order.recheck, part.told)
+            chosen = await part.writer.sample(self._order.recheck, part.told, data)
 
         async def one(offset: int, length: int, buffer: bytearray) -> None:
             try:
@@ -349,6 +351,15 @@ class Backup:
             for part in target.parts:
                 report.disks.append(part.report(self._order.group, target.point.id))
         return report
+
+
+async def _data_now(source: Disk, unit: int) -> DataMap | None:
+    """Where a source has data, or None if it does not tell: then all of it seems to be data."""
+    try:
+        found = await survey(source, unit)
+    except DiskError:
+        return None
+    return found if found.bytes < source.size else None
 
 
 def _nothing() -> None:

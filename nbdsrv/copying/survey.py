@@ -101,6 +101,21 @@ class DataMap:
         following = index + 1
         return False, self._starts[following] if following < len(self._starts) else self.size
 
+    def units(self, unit: int, first: int, end: int) -> Iterator[int]:
+        """The numbers, from ``first`` to before ``end``, of units of ``unit`` bytes with data."""
+        at = first
+        while at < end:
+            is_data, until = self.data_until(at * unit)
+            if is_data:
+                stop = min(end, -(-until // unit))
+                yield from range(at, stop)
+            elif until < self.size and until // unit == at:  # it begins inside of that unit
+                stop = at + 1
+                yield at
+            else:
+                stop = max(at + 1, until // unit)
+            at = stop
+
 
 async def survey(disk: Disk, granularity: int = 1) -> DataMap:
     """Ask ``disk`` for all of its extents.

@@ -242,12 +242,16 @@ class DiskWriter(ABC):
         """
         return []
 
-    async def sample(self, percent: float, changed: "DataMap") -> list[tuple[int, int]]:
-        """(offset, length) of a random choice of chunks: data in the parent, not in ``changed``.
+    async def sample(
+        self, percent: float, changed: "DataMap", data: "DataMap | None" = None
+    ) -> list[tuple[int, int]]:
+        """(offset, length) of a random choice of chunks: data in the parent, or in ``data``, and
+        not in ``changed``.
 
-        So many percent of them, but at least one if there is one.
+        So many percent of them, but at least one if there is one. ``data``: where the disk has
+        some now, on multiples of the granularity; None if that is not known.
         """
-        del percent, changed
+        del percent, changed, data
         return []
 
     async def recheck(self, offset: int, buffer: bytearray, length: int) -> int:

@@ -145,6 +145,37 @@ async def test_a_change_that_nobody_told_of_is_found(workers: Workers) -> None:
     assert record.disks[0].rechecked_bytes == 4 * MIB
 
 
+@pytest.mark.parametrize("at", [MIB // 2 + CHUNK, 3 * MIB + CHUNK], ids=["chunk", "page"])
+async def test_data_in_a_hole_of_the_parent_that_nobody_told_of_is_found(
+    workers: Workers, at: int
+) -> None:
+    vault = fresh_vault()
+    guest = Guest(bytearray(noise(MIB // 2)))
+    guest.resize(4 * MIB)
+    guest.discard(MIB // 2, 4 * MIB)
+    await back_up(workers, vault, guest)
+    guest.holes = [(MIB, 2 * MIB)]
+    guest.content[at : at + 7] = b"changed"
+    guest.lies = True
+    order = Order("vm", since=listed(vault)[-1].id, changed=BITMAP, recheck=100)
+    (disk,) = (await back_up(workers, vault, guest, order)).disks
+    assert (disk.mode, disk.recheck_mismatches) == (Mode.SCAN, 1)
+    assert disk.rechecked_bytes == 2 * MIB
+    assert read_back(vault, listed(vault)[-1]) == guest.content
+
+
+async def test_holes_of_the_parent_are_not_read_where_the_source_says_all_is_data(
+    workers: Workers,
+) -> None:
+    vault = fresh_vault()
+    guest = Guest(bytearray(noise(MIB) + bytes(3 * MIB)))
+    await back_up(workers, vault, guest)
+    guest.backed_up()
+    order = Order("vm", since=listed(vault)[-1].id, changed=BITMAP, recheck=100)
+    (disk,) = (await back_up(workers, vault, guest, order)).disks
+    assert (disk.mode, disk.rechecked_bytes) == (Mode.INCREMENTAL, MIB)
+
+
 async def test_a_sample_is_read_of_what_is_said_to_be_unchanged(workers: Workers) -> None:
     vault = fresh_vault()
     guest = Guest(bytearray(noise(8 * MIB)))

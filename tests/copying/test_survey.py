@@ -37,6 +37,13 @@ def test_pieces_end_on_multiples_and_gaps_come_whole() -> None:
     ]
 
 
+def test_units_are_those_with_data_in_them() -> None:
+    found = filled([(5, 1), (40, 30), (99, 1)], 100)
+    assert list(found.units(16, 0, 7)) == [0, 2, 3, 4, 6]
+    assert list(found.units(16, 3, 6)) == [3, 4]
+    assert list(found.units(16, 1, 2)) == []
+
+
 def test_an_empty_disk_has_no_pieces() -> None:
     assert list(DataMap(0).cut(128)) == []
     assert list(DataMap(300).cut(128)) == [(0, 300, False)]

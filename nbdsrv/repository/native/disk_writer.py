@@ -253,28 +253,34 @@ class NativeDiskWriter(DiskWriter):
                     different += end - start
         return different
 
-    async def sample(self, percent: float, changed: DataMap) -> list[tuple[int, int]]:
-        """(offset, length) of a random choice of chunks: data in the parent, not in ``changed``.
+    async def sample(
+        self, percent: float, changed: DataMap, data: DataMap | None = None
+    ) -> list[tuple[int, int]]:
+        """As promised."""
+        return await self._stock.workers.run(self._sample, percent, changed, data)
 
-        So many percent of them, but at least one if there is one.
-        """
-        return await self._stock.workers.run(self._sample, percent, changed)
-
-    def _sample(self, percent: float, changed: DataMap) -> list[tuple[int, int]]:
+    def _sample(
+        self, percent: float, changed: DataMap, data: DataMap | None
+    ) -> list[tuple[int, int]]:
         parent, unit = self.map.parent, self.granularity
         if parent is None or percent <= 0:
             return []
         chosen: list[int] = []
         spare: list[int] = []
         for page in range(min(len(parent.root), -(-parent.covered // parent.root.page_slots))):
-            if parent.is_zero(page):
-                continue
             first = page * parent.root.page_slots
+            end = min(first + parent.root.page_slots, parent.covered)
+            now = set(data.units(unit, first, end)) if data is not None else set()
+            if parent.is_zero(page):
+                there = now
+            elif parent.page(page).page is None:
+                continue  # damaged: nobody knows what it held
+            else:
+                there = now.union(first + index for index in parent.page(page).data())
             found = [
-                first + index
-                for index in parent.page(page).data()
-                if first + index < parent.covered
-                and not changed.data_until((first + index) * unit)[0]
+                chunk
+                for chunk in sorted(there)
+                if chunk < end and not changed.data_until(chunk * unit)[0]
             ]
             count = min(len(found), int(len(found) * percent / 100 + random.random()))  # noqa: S311
             chosen += random.sample(found, count)

@@ -253,15 +253,15 @@ class XoDiskWriter(DiskWriter):
             different += 0 if same else end - start
         return different
 
-    async def sample(self, percent: float, changed: DataMap) -> list[tuple[int, int]]:
+    async def sample(
+        self, percent: float, changed: DataMap, data: DataMap | None = None
+    ) -> list[tuple[int, int]]:
         """As promised."""
         if self.base is None or percent <= 0:
             return []
-        there = [
-            block
-            for block in self.base.sums.blocks(0, self._blocks)
-            if not changed.data_until(block * BLOCK)[0]
-        ]
+        known = set(self.base.sums.blocks(0, self._blocks))
+        now = set(data.units(BLOCK, 0, self._blocks)) if data is not None else set()
+        there = [block for block in sorted(known | now) if not changed.data_until(block * BLOCK)[0]]
         if not there:
             return []
         count = max(1, int(len(there) * percent / 100 + random.random()))  # noqa: S311
