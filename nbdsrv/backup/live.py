@@ -89,6 +89,7 @@ class LiveBackup:
         rate: Rate | None = None,
         budget: int = 0,
         dry_run: bool = False,
+        absent: bool = False,
     ) -> None:
         """Back up into ``destinations``.
 
@@ -99,6 +100,8 @@ class LiveBackup:
             rate: at which all VMs together are read, at most.
             budget: connections to one NBD server at most, of all disks together; 0: no limit.
             dry_run: freeze and thaw, and only say what would be read.
+            absent: are there others that could not be opened? They have failed as well, and will
+                want the checkpoint they have a point of.
         """
         self._destinations = destinations
         self._workers = workers
@@ -106,6 +109,7 @@ class LiveBackup:
         self._rate = rate
         self._budget = budget
         self._dry_run = dry_run
+        self._absent = absent
         self._groups: dict[str, str] = {}
 
     async def run(
@@ -144,7 +148,8 @@ class LiveBackup:
                         return LiveReport(vm, previews=previews, cleaned=cleaned)
                     report = await self._store(work, machine, frozen, advance, meanwhile)
                     done = LiveReport(vm, report, cleaned=cleaned)
-                    needed = needed_checkpoints(known) if report.failed else []
+                    lacking = self._absent or report.failed
+                    needed = needed_checkpoints(known) if lacking else []
                     await _finished(partial(frozen.succeed, needed))
         except SourceError as error:
             if done is None:

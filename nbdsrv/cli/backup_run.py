@@ -218,7 +218,13 @@ async def _live(
 
     machines = [open_hypervisor(sources, workers) for sources in job.machines]
     work = LiveBackup(
-        targets, workers, job.order, rate=_rate(job), budget=job.budget, dry_run=job.dry_run
+        targets,
+        workers,
+        job.order,
+        rate=_rate(job),
+        budget=job.budget,
+        dry_run=job.dry_run,
+        absent=len(targets) < len(job.repositories),
     )
     together = Together(advance) if advance is not None else None
 

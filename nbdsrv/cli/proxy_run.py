@@ -151,7 +151,7 @@ async def _tee_off(
 
             targets = [destination for destination, _ in opened]
             if passing.machine:
-                live = LiveBackup(targets, storing, order)
+                live = LiveBackup(targets, storing, order, absent=bool(failed))
                 machine = open_hypervisor(passing.machine, storing)
                 done = await live.run(machine, meanwhile=meanwhile)
             else:

@@ -117,6 +117,25 @@ async def test_who_fails_fails_alone(tmp_path: Path, vms: list[Machine]) -> None
     assert len(said) == 2
 
 
+async def test_a_repository_that_cannot_be_opened_goes_on_from_its_checkpoint(
+    tmp_path: Path, vms: list[Machine]
+) -> None:
+    """As one that fails in the middle: its disk was not mounted for a few nights."""
+    both = [made(tmp_path, name) for name in ("here", "away")]
+    words, vm = (source(vms[0]), "--to", both[0], "--to", both[1]), vms[0]
+    await back_up(*words)
+    (tmp_path / "away").rename(tmp_path / "elsewhere")
+    for number in range(2):
+        await vm.write("vda", number * 65536, 4096, 7)
+        await back_up(*words, code=3)
+    (tmp_path / "elsewhere").rename(tmp_path / "away")
+    await vm.write("vdb", 0, 4096, 8)
+    rows, _ = await back_up(*words)
+    assert {row["mode"] for row in rows} == {"incremental"}
+    for repository in both:
+        await restored(repository, vm, "web", tmp_path)
+
+
 async def test_disks_that_are_named(tmp_path: Path, vms: list[Machine]) -> None:
     repository, vm = made(tmp_path), vms[0]
     rows, _ = await back_up(source(vm, "#vdb"), "--to", repository, "--group", "one disk")
