@@ -118,8 +118,12 @@ async def _fill(
     session: XapiSession, vdi: Vdi, kind: str, workers: Workers, spool: BinaryIO
 ) -> None:
     task = str(await session.call("task.create", f"nbdsrv export of {vdi.uuid}", ""))
-    async with begin_export(session, vdi, kind, task) as (server, answer):
-        await _receive(server, vdi, kind, answer, workers, spool)
+    try:
+        async with begin_export(session, vdi, kind, task) as (server, answer):
+            await _receive(server, vdi, kind, answer, workers, spool)
+    except BaseException:
+        await session.forget(task)  # it is ours: XAPI would show it for a day
+        raise
     await session.finished(task, f"exporting {vdi.uuid}", within_s=TASK_END_S)
 
 

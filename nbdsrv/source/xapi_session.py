@@ -148,10 +148,10 @@ class XapiSession:
             raise SourceError(f"{self._name}: {what}: not done within {within_s:g} s") from None
         if status == "success":
             result = _value(_text(await self.call("task.get_result", task)))
-            await self._forget(task)
+            await self.forget(task)
             return result
         error = await self.call("task.get_error_info", task)
-        await self._forget(task)
+        await self.forget(task)
         code, *details = [*map(str, error)] if isinstance(error, list) and error else [status]
         raise XapiError(self._name, what, code, details)
 
@@ -174,7 +174,8 @@ class XapiSession:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, LAST_PAUSE_S)
 
-    async def _forget(self, task: str) -> None:
+    async def forget(self, task: str) -> None:
+        """Remove a task that nobody waits for; one that stays is no harm."""
         with contextlib.suppress(SourceError):
             await self.call("task.destroy", task)
 

@@ -178,6 +178,7 @@ async def test_exports_that_fail(
         async with frozen_at(vm_of(simulator, workers), {}) as frozen:
             with pytest.raises(SourceError, match=f"purpose nbd; nor exported: .*{reason}"):
                 await read_all(frozen.disks[0], workers)
+        assert simulator.do("state")["tasks"] == 0
 
 
 async def test_a_redirection_to_anything_but_https_is_not_followed(
