@@ -11,6 +11,7 @@ password. Every answer is bounded by whoever asks.
 
 import asyncio
 import hashlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -188,9 +189,13 @@ async def _connect(server: HttpServer) -> TlsStream:
         raise SourceError(
             f"{server.name}: its certificate: {error.verify_message}; {hint}"
         ) from error
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        raise SourceError(f"{server.name}: TLS: {reason}; is that a XAPI host?") from error
     except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise SourceError(f"{server.name}: {reason}") from error
+        # asyncio's own text for a refusal is a call and a tuple.
+        known = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        raise SourceError(f"{server.name}: {known or error}") from error
     if server.access.fingerprints:
         digest = hashlib.sha256(stream.certificate).hexdigest()
         if digest not in server.access.fingerprints:

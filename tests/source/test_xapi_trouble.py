@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import random
+import socket
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -101,6 +103,26 @@ async def test_no_secret_is_told(
             assert "hunter2" not in text
             assert secret not in text
             assert session_of_names not in text
+
+
+async def test_nobody_answers(workers: Workers) -> None:
+    access = access_of({"NBDSRV_XAPI_PASSWORD": "secret"})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(SourceError, match=rf"127.0.0.1:{port}: Connection refused$"):
+        await XapiVm(parse_place(f"xapi://root@127.0.0.1:{port}#web"), access, workers).vm()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=_speak_plainly, args=(server,), daemon=True).start()
+        with pytest.raises(SourceError, match=rf"{port}: TLS: wrong version number; is that a"):
+            await XapiVm(parse_place(f"xapi://root@127.0.0.1:{port}#web"), access, workers).vm()
+
+
+def _speak_plainly(server: socket.socket) -> None:
+    sock, _ = server.accept()
+    with sock:
+        sock.recv(1)
+        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 # --- trust ----------------------------------------------------------------------------------------
