@@ -194,7 +194,8 @@ async def _connect(server: HttpServer) -> TlsStream:
         raise SourceError(f"{server.name}: TLS: {reason}; is that a XAPI host?") from error
     except OSError as error:
         # asyncio's own text for a refusal is a call and a tuple.
-        known = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        number = error.errno or 0
+        known = os.strerror(number) if number > 0 else error.strerror
         raise SourceError(f"{server.name}: {known or error}") from error
     if server.access.fingerprints:
         digest = hashlib.sha256(stream.certificate).hexdigest()
