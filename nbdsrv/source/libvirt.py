@@ -17,7 +17,7 @@ other images are backed up too, in full.
 import logging
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,9 @@ class LibvirtDomain(Hypervisor):
             try:
                 yield frozen
             except BaseException as error:
+                if isinstance(error, DiskError) and not isinstance(error, SourceError):
+                    with suppress(SourceError):  # it becomes what is ``lost``
+                        await frozen.still_frozen()
                 await _leave_quietly(frozen)
                 if frozen.lost and isinstance(error, DiskError):  # what is behind a lost connection
                     raise SourceError(f"{frozen.vm}: {frozen.lost}") from error

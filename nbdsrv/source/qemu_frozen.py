@@ -270,8 +270,11 @@ class QemuFrozen(Frozen):
             async with asyncio.timeout(RELEASE_S):
                 with making_sense(self.client.name):
                     await self._release()
-        except (SourceError, TimeoutError) as error:
+        except SourceError as error:
             log.warning("qemu.left vm=%s reason=%s", self.client.name, error)
+        except TimeoutError:
+            text = f"QEMU did not answer within {RELEASE_S:g} s; the next backup removes it"
+            log.warning("qemu.left vm=%s reason=%s", self.client.name, text)
 
     async def _release(self) -> None:
         if self.client.lost:

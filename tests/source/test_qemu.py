@@ -19,6 +19,7 @@ import pytest
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
+from nbdsrv.source import qemu_frozen
 from nbdsrv.source.hypervisor import Frozen, SourceError
 from nbdsrv.source.opening import open_frozen
 from nbdsrv.source.qemu import QemuVm
@@ -182,6 +183,25 @@ async def test_without_success_nothing_has_happened(guest: Machine, workers: Wor
 
 
 # --- any moment --------------------------------------------------------------------------------
+
+
+async def test_a_qemu_that_takes_too_long_is_left_and_that_is_told(
+    guest: Machine,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def never(_: QemuFrozen) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(qemu_frozen, "RELEASE_S", 0.1)
+        patched.setattr(QemuFrozen, "_release", never)
+        async with vm_of(guest, workers).freeze({}):
+            pass
+    assert "reason=QEMU did not answer within 0.1 s; the next backup removes it" in caplog.text
+    assert await vm_of(guest, workers).clean()
+    assert await guest.left() == []
 
 
 async def test_killed_at_any_command_the_next_incremental_is_exact(
