@@ -118,6 +118,8 @@ class TlsChannel:
                 done += self.sock.send(data[done:])
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
+            except ssl.SSLEOFError as error:
+                raise BrokenPipeError("TLS: the other side has closed the connection") from error
             except ssl.SSLError as error:
                 raise ConnectionError(f"TLS: {error.reason or error}") from error
         return done

@@ -238,6 +238,7 @@ class _Greeting:
         self.channel: Channel = channel
         self._remote = remote
         self._machine = ClientHandshake(wants)
+        self._answered = False  # by the server, since it has been asked for TLS
 
     async def settle(self) -> Negotiated:
         try:
@@ -270,6 +271,9 @@ class _Greeting:
                 count = await self._receive(scratch)
             except (ConnectionResetError, BrokenPipeError):
                 count = 0  # it has closed with some of our bytes unread
+            except ConnectionError as error:  # an alert of TLS
+                raise ConnectionError(f"{error}{self._wanting()}") from error
+            self._answered |= count > 0
             events = machine.receive_data(scratch[:count]) if count else self._hung_up()
             for event in events:
                 if isinstance(event, StartTls):
@@ -283,8 +287,15 @@ class _Greeting:
             return self._machine.eof()
         except RemoteProtocolError as error:
             if asked in OPTIONAL:
-                raise _HungUpError(str(error)) from error
+                raise _HungUpError(f"{error}{self._wanting()}") from error
             raise
+
+    def _wanting(self) -> str:
+        """With TLS 1.3 our side of the handshake is done before the server looks for ours."""
+        mine = self._remote.credentials
+        if self._answered or not self.channel.secure or mine.cert or mine.exact is not None:
+            return ""
+        return "; if it wants a certificate of ours, NBDSRV_TLS_CERTIFICATES is where to put it"
 
     async def _upgrade(self) -> None:
         context = self._remote.context
@@ -293,6 +304,7 @@ class _Greeting:
         self.channel = await start_tls(
             self.channel, context, self._remote.uri, self._remote.credentials
         )
+        self._answered = False
         self._machine.tls_started()
 
     async def _say_goodbye(self) -> None:

@@ -26,6 +26,9 @@ __all__ = ["NO_CREDENTIALS", "Credentials", "client_context", "start_tls"]
 CA_FILE, CERT_FILE, KEY_FILE = "ca-cert.pem", "client-cert.pem", "client-key.pem"
 """What libnbd and QEMU call them in a directory of certificates."""
 
+UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+"""OpenSSL's X509_V_ERR_*: signed by itself, at the end of its chain too, or by who is not here."""
+
 NAMES = ("ca", "cert", "key", "exact", "hostname")
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -176,7 +179,10 @@ async def start_tls(
         return secured
     except ssl.SSLCertVerificationError as error:
         sock.close()
-        raise ConnectionError(f"TLS: the certificate: {error.verify_message}") from error
+        hint = ""
+        if credentials.ca is None and error.verify_code in UNKNOWN_ISSUER:
+            hint = "; NBDSRV_TLS_CERTIFICATES names a directory with the CA's"
+        raise ConnectionError(f"TLS: the certificate: {error.verify_message}{hint}") from error
     except (OSError, ValueError) as error:
         sock.close()
         reason = getattr(error, "reason", None) or error
