@@ -128,7 +128,13 @@ async def transaction(
         if not disk.read_only:
             new = {**bitmap, "name": checkpoint, "persistent": disk.keeps}
             add("block-dirty-bitmap-add", new)
-    await client.execute("transaction", {"actions": actions}, timeout_s=FREEZE_S)
+    try:
+        await client.execute("transaction", {"actions": actions}, timeout_s=FREEZE_S)
+    except QmpRefused as error:
+        if "by block job" not in error.description:
+            raise
+        hint = "wait for its end; `nbdsrv migrate --cancel` ends what a killed move has left"
+        raise SourceError(f"{error}; {hint}") from error
 
 
 async def export(client: QmpClient, number: int, disk: VmDisk, base: Base) -> None:

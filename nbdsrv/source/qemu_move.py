@@ -29,6 +29,7 @@ from typing import Any
 from nbdsrv.disk.insist import insist
 from nbdsrv.source.hypervisor import SourceError
 from nbdsrv.source.qemu_disks import VmDisk, chosen_disks, disks_of
+from nbdsrv.source.qemu_graph import jobs
 from nbdsrv.source.qmp import QmpClient, QmpLost, QmpRefused, making_sense
 
 __all__ = ["MoveTarget", "Moved", "QemuMove"]
@@ -282,7 +283,15 @@ class QemuMove:
             "copy-mode": "write-blocking",
             "auto-dismiss": False,
         }
-        await self._client.execute("blockdev-mirror", self._at_rate(arguments))
+        try:
+            await self._client.execute("blockdev-mirror", self._at_rate(arguments))
+        except QmpRefused as error:
+            if not await jobs(self._client):
+                raise
+            # The backup's filter is above the disk. One that was killed is removed by the next.
+            text = f"{self._name}: a backup of {disk.name} is running, or was killed"
+            hint = "wait for its end, or run another"
+            raise SourceError(f"{text}; {hint}: {error.description}") from error
 
     def _at_rate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, "speed": self._rate} if self._rate else arguments
@@ -290,9 +299,9 @@ class QemuMove:
     # --- meanwhile -------------------------------------------------------------------------------
 
     async def _job(self, job: str) -> dict[str, Any]:
-        jobs = await self._client.execute("query-jobs")
+        found = await self._client.execute("query-jobs")
         with making_sense(self._name):
-            return next((dict(each) for each in jobs if each["id"] == job), {})
+            return next((dict(each) for each in found if each["id"] == job), {})
 
     async def _state(self, job: str) -> str:
         return str((await self._job(job)).get("status", ""))

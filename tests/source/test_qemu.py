@@ -12,7 +12,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from nbdsrv.source.hypervisor import Frozen, SourceError
 from nbdsrv.source.opening import open_frozen
 from nbdsrv.source.qemu import QemuVm
 from nbdsrv.source.qemu_frozen import QemuFrozen
+from nbdsrv.source.qemu_move import MoveTarget, QemuMove
 from nbdsrv.source.qemu_scratch import Scratch
 from nbdsrv.source.qmp import QmpClient
 from tests.disk.reading import content
@@ -315,6 +316,29 @@ async def test_of_two_backups_one_is_refused(
         with pytest.raises(SourceError, match="another backup of this VM is running"):
             scratch.open(None)
         assert await images(frozen, workers) == guest.at(0)
+
+
+async def test_a_backup_and_a_move_of_one_disk_refuse_each_other_in_words(
+    guest: Machine, workers: Workers, tmp_path: Path
+) -> None:
+    move = QemuMove(guest.test, DRIVES[0].name, rate=65536)
+    target = MoveTarget(str(tmp_path / "moved.qcow2"), "qcow2")
+    async with vm_of(guest, workers).freeze({}):
+        with pytest.raises(SourceError, match=r"a backup of \w+ is running, or was killed; wait"):
+            await move.to(target)
+    await guest.write_some(random.Random(1), 20)
+    moving = asyncio.create_task(move.to(target))
+    async with asyncio.timeout(20):
+        while not any(job["type"] == "mirror" for job in await guest.test.execute("query-jobs")):
+            await asyncio.sleep(0.02)
+    with pytest.raises(SourceError, match=r"busy: .* mirror; wait for its end; .* --cancel"):
+        async with vm_of(guest, workers).freeze({}):
+            pass
+    moving.cancel()
+    with suppress(asyncio.CancelledError):
+        await moving
+    assert not (tmp_path / "moved.qcow2").exists()
+    assert await guest.left() == []
 
 
 async def test_a_backup_by_another_monitor_is_refused(tmp_path: Path, workers: Workers) -> None:
