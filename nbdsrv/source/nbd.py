@@ -50,15 +50,18 @@ PIECE = 1 << 19
 """Bytes of one READ or WRITE: long enough to be cheap, short enough to spread. A busy qemu-nbd is
 twice as fast with these as with longer ones."""
 SECTOR = 512
+"""Bytes reads are aligned to where the server does not say: xapi-nbd ends the session otherwise."""
 ROUSING = 1 << 16
 """Bytes that are asked about only for the question's sake."""
 ROUSING_S = 0.2
 """Seconds that opening waits for the answer at most."""
-"""Bytes reads are aligned to where the server does not say: xapi-nbd ends the session otherwise."""
 STATUS_LIMIT = 1 << 31
 """Bytes of one BLOCK_STATUS with 32-bit lengths. nbdkit before 1.42.3 aborts close to 4 GiB."""
 STATES = {0: DATA, 1: DATA, 2: ZERO, 3: HOLE}
 """base:allocation's two bits. A hole that does not promise to read as zeroes must be read."""
+UNKNOWN = 1
+"""Of another context, where it cannot be asked for: changed, or allocated. To say less than is so
+would lose data."""
 
 ABILITIES = {
     TransmissionFlag.SEND_FLUSH: Ability.FLUSH,
@@ -99,6 +102,8 @@ class NbdDisk(Disk):
         self._contexts = {context: number for number, context in terms.contexts.items()}
         self.contexts = (ALLOCATION, *(name for name in self._contexts if name != ALLOCATION))
         self._minimum = terms.blocks.minimum
+        # Of a size that is no multiple of it the last bytes cannot be asked for.
+        self._reach = terms.size // self._minimum * self._minimum
         self._aligned = self._minimum if terms.blocks_advertised else SECTOR
         self._piece = min(PIECE, terms.blocks.maximum) // self._aligned * self._aligned
         self.abilities = _abilities(terms.flags, writable=writable)
@@ -106,7 +111,9 @@ class NbdDisk(Disk):
             self._minimum if writable else 1, max(terms.blocks.preferred, self._minimum)
         )
         self._depth = Depth()
-        self._reads = Reads(links, salvage, incidents, self._depth, self._aligned, self._piece)
+        self._reads = Reads(
+            links, name, salvage, incidents, self._depth, self._aligned, self._piece
+        )
         self._made = Changes(links, name, self.abilities, self._piece, self._depth)
         self._closed = False
         self._rousing: asyncio.Task[None] | None = None
@@ -161,6 +168,8 @@ class NbdDisk(Disk):
             if offset >= self.size:
                 raise self._beyond(offset, length, os_errno.EINVAL)
             return ExtentList(offset, [(length, DATA)])
+        if self._reach <= offset < self.size:
+            return ExtentList(offset, [(length, DATA)])
         found = await self._status(ALLOCATION, offset, length)
         return ExtentList(offset, [(span, STATES[flags & 3]) for span, flags in found])
 
@@ -171,12 +180,14 @@ class NbdDisk(Disk):
         if context not in self._contexts:
             raise DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
         self._check(offset, length)
+        if self._reach <= offset < self.size:
+            return ExtentList(offset, [(length, UNKNOWN)])
         return ExtentList(offset, await self._status(context, offset, length))
 
     async def _status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         if not length or offset >= self.size:
             raise self._beyond(offset, length, os_errno.EINVAL)
-        begin, end = whole_blocks(self._aligned, self.size, offset, length)
+        begin, end = whole_blocks(self._aligned, self._reach, offset, length)
         if self._links.terms.dialect is not Dialect.EXTENDED:
             end = min(end, begin + STATUS_LIMIT)
         found = await self._ask_status(context, begin, end - begin)
@@ -230,13 +241,14 @@ class NbdDisk(Disk):
         """CACHE, if the server knows how."""
         self._check(offset, length)
         if self._flags & TransmissionFlag.SEND_CACHE and length:
-            begin, end = whole_blocks(self._aligned, self.size, offset, length)
+            begin, end = whole_blocks(self._aligned, self._reach, offset, length)
 
             async def one(at: int, count: int) -> None:
                 client = await self._links.choose()
                 await client.cache(at, count)
 
-            await in_pieces(begin, end - begin, self._piece, one)
+            if begin < end:
+                await in_pieces(begin, end - begin, self._piece, one)
 
     async def rouse(self, client: Client) -> None:
         """Have qemu-nbd describe a little of the export, before anything is read.

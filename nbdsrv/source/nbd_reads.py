@@ -44,6 +44,7 @@ class Reads:
     def __init__(
         self,
         links: Links,
+        name: str,
         salvage: Salvage,
         incidents: Incidents,
         depth: Depth,
@@ -52,12 +53,15 @@ class Reads:
     ) -> None:
         """``aligned``: what offsets and lengths are multiples of; ``piece``: bytes of one READ."""
         self._links = links
+        self._name = name
         self._salvage = salvage
         self._incidents = incidents
         self._depth = depth
         self._aligned = aligned
         self._piece = piece
         self._size = links.terms.size
+        self._block = links.terms.blocks.minimum
+        self._reach = self._size // self._block * self._block
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` in pieces; on an error all before its offset is good."""
@@ -137,6 +141,9 @@ class Reads:
 
     async def _read(self, offset: int, view: memoryview) -> None:
         """A piece; one that is not in whole blocks is read as a larger one and cut."""
+        if offset + len(view) > self._reach:
+            await self._read_to_reach(offset, view)
+            return
         if not (offset | len(view)) & (self._aligned - 1):
             await self._read_whole(offset, view)
             return
@@ -152,6 +159,17 @@ class Reads:
             view[: bad - offset] = block[offset - begin : bad - begin]
             raise type(error)(str(error), error.errno, bad) from error
         view[:] = block[offset - begin : offset - begin + len(view)]
+
+    async def _read_to_reach(self, offset: int, view: memoryview) -> None:
+        """proto.md wants sizes in whole blocks, "since otherwise, the client would be unable to
+        access the final few bytes".
+        """
+        good = max(self._reach - offset, 0)
+        if good:
+            await self._read(offset, view[:good])
+        text = f"{self._name}: its last {self._size - self._reach} bytes cannot be read"
+        why = f"its size is no multiple of the {self._block} that its server reads at least"
+        raise DiskError(f"{text}: {why}", os_errno.EINVAL, offset + good)
 
     async def _read_whole(self, offset: int, view: memoryview) -> None:
         try:

@@ -1,6 +1,7 @@
 """NbdDisk keeps the Disk contract over every server there is here."""
 
 import asyncio
+import struct
 import subprocess
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.source.nbd import open_nbd
+from protocol.constants import Info, Option, Reply
 from protocol.extents import DATA, HOLE, ExtentList
 from tests.disk.check_disk import OpenDisk, check_disk
 from tests.formats.images import IMAGES, Image
 from tests.net.in_process import running
-from tests.source.peers import listening, need, unix_uri
+from tests.source.peers import FLAGS, Conversation, listening, misbehaving, need, unix_uri
 
 CHOSEN = [
     image
@@ -129,6 +131,56 @@ async def test_whole_blocks_are_asked_for_where_the_server_insists(
         await disk.close()
     written = golden[:8192] + b"w" * 200_704 + golden[208_896:]
     assert (tmp_path / "disk").read_bytes() == written
+
+
+@pytest.mark.parametrize("size", [100, 513, 1_000_001])
+async def test_a_tail_that_cannot_be_asked_for_is_data_and_an_error_to_read(
+    size: int, tmp_path: Path, workers: Workers
+) -> None:
+    sizes = ["blocksize-minimum=512", "blocksize-preferred=512", "blocksize-maximum=65536"]
+    command = ["nbdkit", "--filter=blocksize-policy", "memory", str(size), *sizes]
+    with listening(tmp_path / "sock", *command, "blocksize-error-policy=error"):
+        disk = await open_nbd(unix_uri(tmp_path / "sock"), workers)
+        tail = size // 512 * 512
+        found: list[tuple[int, int]] = []
+        while (at := sum(length for length, _ in found)) < size:
+            extents = await disk.extents(at, size - at)
+            found += [(extent.length, extent.flags) for extent in extents]
+        assert found == [(tail, HOLE), (size - tail, DATA)][not tail :]
+        await disk.cache(0, size)
+        await disk.read_into(0, memoryview(bytearray(tail)))
+        for offset in {0, max(tail - 5, 0), tail}:
+            buffer = bytearray(b"x" * (size - offset))
+            with pytest.raises(DiskError, match="no multiple of the 512") as raised:
+                await disk.read_into(offset, memoryview(buffer))
+            assert raised.value.offset == tail
+            assert buffer[: tail - offset] == bytes(tail - offset)
+        await disk.close()
+
+
+async def test_what_cannot_be_asked_for_counts_as_changed(tmp_path: Path, workers: Workers) -> None:
+    async def talk(conversation: Conversation) -> None:
+        await conversation.greet()
+        option = None
+        while option != Option.GO:
+            option, _ = await conversation.option()
+            if option == Option.SET_META_CONTEXT:
+                meta = (7).to_bytes(4, "big") + b"qemu:dirty-bitmap:b"
+                conversation.reply(option, Reply.META_CONTEXT, meta)
+            elif option == Option.GO:
+                export = struct.pack(">HQH", Info.EXPORT, 1000, FLAGS)
+                blocks = struct.pack(">HIII", Info.BLOCK_SIZE, 512, 512, 65536)
+                conversation.reply(option, Reply.INFO, export)
+                conversation.reply(option, Reply.INFO, blocks)
+            unknown = option == Option.EXTENDED_HEADERS
+            conversation.reply(option, Reply.ERR_UNSUP if unknown else Reply.ACK)
+        await conversation.reader.read()
+
+    context = "qemu:dirty-bitmap:b"
+    async with misbehaving(tmp_path / "sock", talk):
+        disk = await open_nbd(unix_uri(tmp_path / "sock"), workers, contexts=[context])
+        assert await disk.status(context, 512, 488) == ExtentList(512, [(488, 1)])
+        await disk.close()
 
 
 async def test_a_map_of_many_gigabytes(tmp_path: Path, workers: Workers) -> None:
