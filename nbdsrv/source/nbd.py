@@ -187,15 +187,17 @@ class NbdDisk(Disk):
     async def _status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         if not length or offset >= self.size:
             raise self._beyond(offset, length, os_errno.EINVAL)
-        begin, end = whole_blocks(self._aligned, self._reach, offset, length)
-        if self._links.terms.dialect is not Dialect.EXTENDED:
-            end = min(end, begin + STATUS_LIMIT)
-        found = await self._ask_status(context, begin, end - begin)
-        clipped = _clipped(begin, found, offset, min(offset + length, end))
-        if not clipped:
-            text = f"{self.name}: the server's map of {end - begin} bytes at {begin} ends too soon"
-            raise DiskError(text, os_errno.EPROTO)
-        return clipped
+        # A server that names no block size may end an answer within one of ours: then from there.
+        for block in (self._aligned, self._minimum):
+            begin, end = whole_blocks(block, self._reach, offset, length)
+            if self._links.terms.dialect is not Dialect.EXTENDED:
+                end = min(end, begin + STATUS_LIMIT)
+            found = await self._ask_status(context, begin, end - begin)
+            clipped = _clipped(begin, found, offset, min(offset + length, end))
+            if clipped:
+                return clipped
+        text = f"{self.name}: the server's map of {end - begin} bytes at {begin} ends too soon"
+        raise DiskError(text, os_errno.EPROTO)
 
     async def _ask_status(
         self, context: str, offset: int, length: int

@@ -183,6 +183,24 @@ async def test_what_cannot_be_asked_for_counts_as_changed(tmp_path: Path, worker
         await disk.close()
 
 
+async def test_a_map_that_is_told_extent_by_extent_however_they_lie(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """nbdkit announces no block size here, and answers with what its plugin says first."""
+    told = "end=$((($4/777 + 1) * 777)); echo $4 $(($end<5000 ? $end-$4 : 5000-$4))"
+    kind = "[ $(($4/777%2)) = 0 ] || echo hole,zero"
+    script = ["get_size=echo 5000", "can_extents=exit 0", f"extents=echo $({told}) $({kind})"]
+    command = ["nbdkit", "eval", *script, "pread=head -c $3 /dev/zero"]
+    with listening(tmp_path / "sock", *command):
+        disk = await open_nbd(unix_uri(tmp_path / "sock"), workers)
+        found: list[tuple[int, int]] = []
+        while (at := sum(length for length, _ in found)) < disk.size:
+            extents = await disk.extents(at, disk.size - at)
+            found += [(extent.length, extent.flags) for extent in extents]
+        assert found == [*[(777, DATA), (777, HOLE)] * 3, (338, DATA)]
+        await disk.close()
+
+
 async def test_a_map_of_many_gigabytes(tmp_path: Path, workers: Workers) -> None:
     """nbdkit 1.32 does not survive every length there is."""
     with (tmp_path / "disk").open("wb") as file:
