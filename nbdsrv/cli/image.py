@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 MAX_CONTEXTS = 5
 """Meta contexts that are named; a restore point has one for each other point."""
+MAX_ANSWERS = 1 << 16
+"""Questions ``info`` asks about allocation: the most a server of the old kind can be asked about is
+128 TiB then, and one that tells of a few bytes at a time does not keep it for ever."""
 
 
 @click.command()
@@ -85,13 +88,14 @@ def _with_workers(work: Callable[[Workers], Awaitable[T]]) -> T:
 
 async def _describe(disk: Disk) -> dict[str, Any]:
     data = zero = hole = 0
-    for _, length, flags in await extents(disk, ALLOCATION):
+    for _, length, flags in await extents(disk, ALLOCATION, MAX_ANSWERS):
         if not flags:
             data += length
         elif flags & 1:
             hole += length
         else:
             zero += length
+    unknown = disk.size - data - zero - hole
     sizes = disk.block_sizes
     facts: dict[str, Any] = {
         "source": disk.name,
@@ -100,6 +104,7 @@ async def _describe(disk: Disk) -> dict[str, Any]:
         "data_bytes": data,
         "zero_bytes": zero,
         "hole_bytes": hole,
+        **({"unknown_bytes": unknown} if unknown else {}),
         "block_size": {
             "minimum": sizes.minimum,
             "preferred": sizes.preferred,

@@ -38,8 +38,12 @@ def state(context: str, flags: int) -> str:
     return _STATES.get(flags, str(flags)) if context == ALLOCATION else str(flags)
 
 
-async def extents(disk: Disk, context: str) -> list[tuple[int, int, int]]:
+async def extents(
+    disk: Disk, context: str, answers: int | None = None
+) -> list[tuple[int, int, int]]:
     """(offset, length, flags) for the whole disk.
+
+    With ``answers``, only as far as so many of the disk's lead.
 
     Raises:
         ConfigError: the disk has no such context.
@@ -48,8 +52,9 @@ async def extents(disk: Disk, context: str) -> list[tuple[int, int, int]]:
         known = ", ".join(disk.contexts)
         raise ConfigError(f"{disk.name} has no context {context}; it has {known}")
     found: list[tuple[int, int]] = []
-    offset = 0
-    while offset < disk.size:
+    offset = asked = 0
+    while offset < disk.size and asked != answers:
+        asked += 1
         some = await disk.status(context, offset, min(STEP, disk.size - offset))
         found += [(extent.length, extent.flags) for extent in some]
         offset = some.end

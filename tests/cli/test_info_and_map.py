@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.program import COMMAND, environment, nbdsrv, serving
 from tests.formats.images import IMAGES, Image
+from tests.source.peers import listening, unix_uri
 
 MIB = 1 << 20
 SPARSE = Image("sparse", 4 * MIB, ((0, 65536), (MIB, MIB), (4 * MIB - 4096, 4096)))
@@ -57,6 +58,15 @@ def test_info_in_words(tmp_path: Path) -> None:
     assert found["format"] == "raw"
     assert found["size"] == "4194304 (4 MiB)"
     assert found["data bytes"].startswith(f"{65536 + MIB + 4096} ")
+
+
+def test_info_of_the_largest_export_there_is_ends(tmp_path: Path) -> None:
+    size = 2**63 - 1
+    with listening(tmp_path / "sock", "nbdkit", "null", str(size)):
+        facts = json.loads(output("info", "--json", unix_uri(tmp_path / "sock")))
+    assert facts["size"] == size
+    assert facts["hole_bytes"] == 128 << 40
+    assert facts["unknown_bytes"] == size - (128 << 40)
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.name)
