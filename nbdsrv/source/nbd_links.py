@@ -115,9 +115,19 @@ class Links:
         Raises:
             DiskError: there is none, and there will be none within ``Patience.reconnect_s``.
         """
+        deadline = pause = 0.0
         while (client := self.ready()) is None:
             if self._closed:
                 raise DiskError(f"{self._name} is closed", os_errno.EBADF)
+            now = asyncio.get_running_loop().time()
+            if not pause:
+                deadline, pause = now + self._patience.reconnect_s, FIRST_PAUSE_S
+            elif now + pause > deadline:
+                text = f"{self._name}: its server closes each connection as soon as it is made"
+                raise DiskError(text, os_errno.ECONNRESET)
+            else:  # the new one has died before we had our turn
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LAST_PAUSE_S)
             if not self._clients:
                 await self._revived()
         return client

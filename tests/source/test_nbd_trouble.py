@@ -209,6 +209,27 @@ async def test_a_dead_server_is_an_error_that_names_it(sock: Path, workers: Work
     await failure(content(disk, 0, 512))
 
 
+async def test_a_server_that_hangs_up_after_each_handshake_is_not_asked_for_ever(
+    sock: Path, workers: Workers
+) -> None:
+    """Nor as fast as it can answer: 42 000 connections in 15 s."""
+    made = 0
+
+    async def talk(conversation: Conversation) -> None:
+        nonlocal made
+        made += 1
+        await conversation.agree(len(GOLDEN))
+
+    async with misbehaving(sock, talk):
+        patience = Patience(connect_s=5, request_s=5, reconnect_s=1)
+        disk = await open_nbd(unix_uri(sock), workers, patience=patience, connections=1)
+        async with asyncio.timeout(20):
+            error = await failure(content(disk, 0, 512))
+            assert str(sock) in str(error)
+        assert made < 50
+        await disk.close()
+
+
 async def test_a_silent_server_costs_the_request_deadline(sock: Path, workers: Workers) -> None:
     async def talk(conversation: Conversation) -> None:
         await conversation.agree(len(GOLDEN))
