@@ -259,5 +259,6 @@ def _pread_exactly(name: str, run: FileRun, part: memoryview, offset: int) -> No
             raise DiskError.from_os(f"reading {name}", error, offset + done) from error
         if not count:
             end = run.position + done
-            raise DiskError(f"{name} ends at {end}, was it truncated?", offset=offset + done)
+            text = f"{name} ends before byte {end}, was it truncated?"
+            raise DiskError(text, offset=offset + done)
         done += count

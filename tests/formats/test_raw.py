@@ -75,7 +75,9 @@ async def test_a_truncated_hole_is_missing_not_zero(
         with pytest.raises(DiskError) as raised:
             await content(disk, offset, 100_000)
         assert raised.value.errno == errno.EIO
-        assert raised.value.offset == max(offset, 700_000)
+        missing = max(offset, 700_000)
+        assert raised.value.offset == missing
+        assert f"ends before byte {missing}," in str(raised.value)  # where exactly, it may not know
     await disk.close()
 
 
