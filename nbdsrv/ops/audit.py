@@ -15,6 +15,7 @@ can never look like another line.
 import json
 import logging
 import os
+import stat
 from datetime import UTC, datetime
 
 from nbdsrv.errors import ConfigError
@@ -32,6 +33,7 @@ class Audit:
     """An ``Observer`` that writes. A line is one write(2), so lines of two servers do not mix.
 
     A file that cannot be written (a full disk) is a warning in the log, and the line goes there.
+    So it does if a part of it fitted; that part gets a line of its own, and spoils no other.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -42,6 +44,7 @@ class Audit:
         """
         self._path = path
         self._fd = _open(path) if path is not None else None
+        self._torn = _is_torn(self._fd, path)
 
     def reopen(self, path: str | None) -> None:
         """Go on in that file, or in the log: after logrotate has renamed the old one.
@@ -51,7 +54,7 @@ class Audit:
         """
         fd = _open(path) if path is not None else None
         self.close()
-        self._path, self._fd = path, fd
+        self._path, self._fd, self._torn = path, fd, _is_torn(fd, path)
 
     def close(self) -> None:
         """No more lines in the file."""
@@ -89,7 +92,7 @@ class Audit:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             line = json.dumps({"time": now, "event": event} | facts, default=str) + "\n"
             try:
-                os.write(self._fd, line.encode())
+                self._append(self._fd, line)
             except OSError as error:
                 log.warning("audit.unwritten file=%r reason=%s", self._path, error.strerror)
             else:
@@ -98,6 +101,13 @@ class Audit:
             words = " ".join(f"{key}={value!r}" for key, value in facts.items())
             fields = {"event": f"audit.{event}"} | facts
             _audit.info("audit.%s %s", event, words, extra={"fields": fields})
+
+    def _append(self, fd: int, line: str) -> None:
+        data = ("\n" + line if self._torn else line).encode()
+        while data:  # a second time only to learn what is wrong: the disk is full
+            count = os.write(fd, data)
+            self._torn = count < len(data)
+            data = data[count:]
 
 
 def _who(session: Session) -> dict[str, object]:
@@ -118,3 +128,18 @@ def _open(path: str) -> int:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"audit file {path}: {reason}") from error
+
+
+def _is_torn(fd: int | None, path: str | None) -> bool:
+    """Does the file end within a line, which a full disk or a power cut has left?"""
+    if fd is None or path is None:
+        return False
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            return False
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:  # it may be written but not read: then nobody knows
+        return False
