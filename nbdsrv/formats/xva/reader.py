@@ -37,7 +37,11 @@ MAX_LISTED = 16
 
 
 class XvaDisk(MappedDisk):
-    """One disk."""
+    """One disk.
+
+    Attributes:
+        of_point: what the repository says of it that it is a restore point's disk in; for facts.
+    """
 
     format = "xva"
     page_span = PAGE_CHUNKS * CHUNK
@@ -52,6 +56,7 @@ class XvaDisk(MappedDisk):
         self._manifest = manifest
         self._vdi = vdi
         self._chunks = chunks
+        self.of_point: Mapping[str, object] = {}
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -65,6 +70,7 @@ class XvaDisk(MappedDisk):
             "chunks": self._chunks.count,
             "checksums": self._chunks.checksums or "none",
             "members": list(self._manifest.vdis),
+            **self.of_point,
         }
 
     def _read_page(self, offset: int, length: int) -> Iterable[Segment]:

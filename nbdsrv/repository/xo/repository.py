@@ -84,7 +84,8 @@ class XoRepository(Repository):
             raise PointMissing(text, os_errno.ENOENT)
         record = _record(self.name, row, name)
         if row.point.facts.get("layout") == "xva":
-            return await open_xva_disk(self._remote, record, self._workers)
+            facts = _point_facts(row, record)
+            return await open_xva_disk(self._remote, record, self._workers, facts)
         self._shared.enter()
         opened: list[XoDisk] = []
         try:
@@ -204,8 +205,7 @@ def _since(chain: Chain, rows: Sequence[Row], changing: set[str]) -> dict[str, i
     }
 
 
-def _facts(row: Row, record: DiskRecord, chain: Chain, checked: int) -> dict[str, Any]:
-    top = chain.files[0]
+def _point_facts(row: Row, record: DiskRecord) -> dict[str, Any]:
     return {
         "group": row.point.group,
         "disk": record.name,
@@ -214,6 +214,13 @@ def _facts(row: Row, record: DiskRecord, chain: Chain, checked: int) -> dict[str
         "parent": row.point.parent,
         "vm_uuid": row.vm,
         "vdi_uuid": record.vdi,
+    }
+
+
+def _facts(row: Row, record: DiskRecord, chain: Chain, checked: int) -> dict[str, Any]:
+    top = chain.files[0]
+    return {
+        **_point_facts(row, record),
         "device": record.device,
         "vhd_uuid": str(top.unique_id),
         "mode": "incremental" if top.differencing else "full",

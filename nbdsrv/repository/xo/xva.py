@@ -15,7 +15,7 @@ been read. Only the names of its disks are shown before that.
 import os
 import tempfile
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import cast
 
 import zstandard
@@ -29,6 +29,7 @@ from nbdsrv.formats.opening import Opening, open_file
 from nbdsrv.formats.tar import walk
 from nbdsrv.formats.turns import in_turns
 from nbdsrv.formats.xva.manifest import Manifest, read_manifest
+from nbdsrv.formats.xva.reader import XvaDisk
 from nbdsrv.repository.xo.records import DiskRecord, named
 from nbdsrv.repository.xo.remote import Remote
 from nbdsrv.store.store import ObjectMissing
@@ -119,8 +120,16 @@ def _manifest(path: str, data: bytes) -> Manifest:
     return read_manifest(file, first)
 
 
-async def open_xva_disk(remote: Remote, record: DiskRecord, workers: Workers) -> Disk:
+async def open_xva_disk(
+    remote: Remote, record: DiskRecord, workers: Workers, facts: Mapping[str, object]
+) -> Disk:
     """Open a disk of an XVA. The Disk owns all that it needs.
+
+    Args:
+        remote: where it is.
+        record: which disk of which XVA.
+        workers: that read it.
+        facts: of the point; without them an overlay would not know what it is over.
 
     Raises:
         CorruptImage: the archive is damaged, or cut short.
@@ -129,10 +138,13 @@ async def open_xva_disk(remote: Remote, record: DiskRecord, workers: Workers) ->
     file = await _archive(remote, record.path, workers)
     try:
         kind = xva_kind(await workers.look_up(file.read_up_to, 0, 4))
-        return await open_file(file, kind, Opening(workers, member=record.reference))
+        disk = await open_file(file, kind, Opening(workers, member=record.reference))
     except BaseException:
         file.close()
         raise
+    if isinstance(disk, XvaDisk):
+        disk.of_point = facts
+    return disk
 
 
 async def plain_archive(

@@ -14,6 +14,7 @@ import zstandard
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage
+from nbdsrv.overlay.description import Description, identity_of
 from tests.disk.check_disk import check_disk
 from tests.repository.xo.made import Made
 from tests.repository.xo.opened import contents, opened, opener
@@ -120,6 +121,23 @@ async def test_every_kind_is_listed_read_and_verified(
             done = await found.verify(level)
             assert (done.findings, done.unread) == ([], [])
         assert done.unchecked == []
+
+
+@pytest.mark.parametrize("packing", PACKED)
+async def test_an_overlay_knows_which_point_it_is_over(
+    tmp_path: Path, packing: str, workers: Workers
+) -> None:
+    """It knew the file alone, took the next backup for ``latest``, and refused that."""
+    repository = made(tmp_path / "xo", PACKED[packing](archive()))
+    async with opened(repository.root, workers) as found:
+        (point,) = await found.points()
+        disk = await found.open_disk(point, "data")
+        identity = identity_of(disk)
+        await disk.close()
+    described = Description(
+        format=1, id="0" * 32, export="", source="", size=disk.size, created=0.0, base=identity
+    )
+    assert described.selector == f"web/data@{A}"
 
 
 async def test_the_contract(tmp_path: Path, workers: Workers) -> None:
