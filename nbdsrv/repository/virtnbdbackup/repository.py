@@ -178,7 +178,7 @@ class VirtnbdRepository(Repository):
             **self._disk_facts(directory, chain),
         }
         if file.plain:
-            return await self._open_image(file)
+            return await self._open_image(file, facts)
         others = await self.workers.run(self._others, directory, point.id, name, chain)
         opened: list[OpenFile] = []
         self._shared.enter()
@@ -210,7 +210,7 @@ class VirtnbdRepository(Repository):
             why = point.facts.get("doubt")
             log.warning("virtnbdbackup.zeroes_in_doubt disk=%s why=%s", shown, why)
 
-    async def _open_image(self, file: DataFile) -> RawDisk:
+    async def _open_image(self, file: DataFile, facts: Mapping[str, object]) -> RawDisk:
         opened: list[ImageFile] = []
         try:
             await self.workers.look_up(lambda: opened.append(open_data(self.tree, file.path)))
@@ -218,7 +218,7 @@ class VirtnbdRepository(Repository):
             for each in opened:
                 each.close()
             raise
-        return RawDisk(self.workers, opened[0])
+        return _PlainDisk(self.workers, opened[0], facts)
 
     async def _find(self, point: Point, name: str) -> tuple[Directory, DataFile]:
         for directory in await self.directories(point.group):
@@ -290,6 +290,19 @@ class VirtnbdRepository(Repository):
                 await self.files.release(each)
         finally:
             await self._shared.leave()
+
+
+class _PlainDisk(RawDisk):
+    """The plain image of a raw disk; without ``facts`` an overlay would not know its point."""
+
+    def __init__(self, workers: Workers, file: ImageFile, facts: Mapping[str, object]) -> None:
+        super().__init__(workers, file)
+        self._facts = facts
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What is known of the point."""
+        return self._facts
 
 
 def _several(tree: Tree, directory: Directory, file: DataFile) -> str:

@@ -195,6 +195,9 @@ async def test_copies(tmp_path: Path, workers: Workers) -> None:
     for point in points:
         disk = await repository.open_disk(point, "vda")
         assert await content(disk, 0, disk.size) == bytes(random_disk(SIZE, 7))
+        # What an overlay over it goes by, also over the image of a raw disk.
+        known = [disk.facts[key] for key in ("group", "disk", "point")]
+        assert known == [point.group, "vda", "copy"]
         await disk.close()
     await repository.close()
 
