@@ -145,8 +145,11 @@ def _upon_latest(destination: Destination, found: Description, group: str, disk:
     if reason := destination.renewal(group):
         return Parent(None, reason)
     keys = destination.stored(group)
+    if not keys:
+        text = f"{found.selector}, which the overlay is over, was made by Xen Orchestra"
+        return Parent(None, f"{text}; only points of ours are built upon")
     try:
-        record = destination.point(keys[-1]) if keys else None
+        record = destination.point(keys[-1])
     except (ObjectMissing, CorruptImage):
         record = None
     known = record.disk(disk) if record is not None and record.id == found.base["point"] else None

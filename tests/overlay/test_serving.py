@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.overlay.server import (
     until,
     uri,
 )
+from tests.repository.fixtures import unpack_fixture
 
 SIZE = 8 << 20
 BLOCK = 4096
@@ -200,6 +202,37 @@ async def test_a_commit_into_the_remote_of_xen_orchestra_that_the_base_lies_in(
     for row, expected in zip(nbdsrv_json("ls", remote), (base, changed, changed), strict=True):
         nbdsrv("restore", f"{remote}#vm1/sda@{row['point']}", f"{tmp_path}/out.raw", "--force")
         assert (tmp_path / "out.raw").read_bytes() == expected
+
+
+async def test_over_a_whole_vm_that_xen_orchestra_has_backed_up(
+    tmp_path: Path, workers: Workers
+) -> None:
+    """An XVA is a restore point like any other: it stays the base when a newer one comes."""
+    root = unpack_fixture("xo-repositories.tar.zst", tmp_path) / "repos" / "xva-full"
+    remote, overlay = f"xo:{root}", f"{tmp_path}/ov/research-vm/root@latest"
+    (served,) = nbdsrv_json("ls", remote)
+    arguments = (remote, "--overlay", f"{tmp_path}/ov")
+    with running_server(tmp_path / "s", *arguments):
+        guest = await open_nbd(
+            uri(tmp_path / "s", "research-vm/root@latest"), workers, writable=True
+        )
+        await guest.write(5000, memoryview(b"mine"))
+        await guest.close()
+    (told,) = root.glob("xo-vm-backups/*/20*.json")
+    newer = "20260104T020304Z"
+    shutil.copy(told.with_suffix(".xva"), told.with_name(f"{newer}.xva"))
+    text = told.read_text().replace(served["point"], newer)
+    told.with_name(f"{newer}.json").write_text(text)
+    assert newer == nbdsrv_json("ls", remote)[-1]["point"]
+    with running_server(tmp_path / "s", *arguments):
+        guest = await open_nbd(uri(tmp_path / "s", "research-vm/root@latest"), workers)
+        assert await content(guest, 5000, 4) == b"mine"
+        await guest.close()
+    nbdsrv("init", f"repo:{tmp_path}/repo")
+    (row,) = nbdsrv_json("overlay", "commit", overlay, "--to", f"repo:{tmp_path}/repo")
+    assert (row["group"], row["disk"], row["mode"]) == ("research-vm", "root", "full")
+    (row,) = nbdsrv_json("overlay", "commit", overlay, "--to", remote)
+    assert "was made by Xen Orchestra" in row["reason"]
 
 
 async def test_latest_does_not_move_under_an_overlay(tmp_path: Path, workers: Workers) -> None:
