@@ -30,6 +30,9 @@ BATCH = 16
 """Points a thread reads before others have their turn."""
 PARALLEL = 8
 """Threads at work for one listing."""
+PARALLEL_AFAR = 24
+"""The same where each point is a request of some 20 ms: a year of daily points in a third of a
+second."""
 
 
 @dataclass(slots=True)
@@ -77,8 +80,10 @@ class Listing:
             else:
                 self._known.move_to_end(key)
                 found[key] = row
-        batches = [unknown[at : at + BATCH] for at in range(0, len(unknown), BATCH)]
-        turn = asyncio.Semaphore(PARALLEL)
+        afar = self._vault.store.distant
+        step, at_once = (1, PARALLEL_AFAR) if afar else (BATCH, PARALLEL)
+        batches = [unknown[at : at + step] for at in range(0, len(unknown), step)]
+        turn = asyncio.Semaphore(at_once)
 
         async def read(batch: Sequence[str]) -> list[Row]:
             async with turn:

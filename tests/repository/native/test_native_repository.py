@@ -1,6 +1,7 @@
 """The repository for an event loop: listing, opening, leases, closing."""
 
 import errno
+import threading
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from nbdsrv.repository.native.listing import described
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
+from nbdsrv.store.store import MAX_OBJECT
 from tests.disk.reading import content
 from tests.repository.native.building import Building
 
@@ -60,6 +62,30 @@ async def test_a_point_is_read_once(workers: Workers) -> None:
     before = store.calls
     assert len(await repository.points("vm")) == 41
     assert [call.method for call in store.log[before:]] == ["list", "get"]
+    await repository.close()
+
+
+async def test_points_of_a_distant_store_are_read_many_at_a_time(workers: Workers) -> None:
+    """Each is a request; one behind the other, a year of them takes a second to open."""
+    together = threading.Barrier(10, timeout=20)
+
+    class Distant(MemoryStore):
+        distant = True
+
+        def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+            if key.startswith(POINTS):
+                together.wait()
+            return super().get(key, limit)
+
+    build = Building.fresh()
+    for n in range(40):
+        build.point("vm", {"sda": b"%d" % n})
+    distant = Distant()
+    for stored in build.vault.store.list(""):
+        distant.put(stored.key, build.vault.store.get(stored.key))
+    build.vault.store = distant
+    repository = NativeRepository(build.vault, workers)
+    assert len(await repository.points("vm")) == 40
     await repository.close()
 
 
