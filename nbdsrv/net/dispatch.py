@@ -41,12 +41,10 @@ from protocol.headers import EXTENDED_REQUEST, REQUEST
 from protocol.replies import encoder
 from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules
 
-__all__ = ["AGAIN", "LAST", "Dispatch"]
+__all__ = ["LAST", "Dispatch"]
 
 MAX_FETCH = 1 << 20
 """Bytes one thread reads in one go for a cold READ."""
-AGAIN = -1
-"""Of ``Dispatch.serve``: come back to this request."""
 LAST = -2
 """Of ``Dispatch.serve``: nothing behind it is to be looked at."""
 
@@ -126,7 +124,7 @@ class Dispatch:
         """Serve the request whose header is at ``rx[at:]``.
 
         Returns:
-            Where the next one begins, ``AGAIN`` or ``LAST``.
+            Where the next one begins, ``payload.AGAIN`` or ``LAST``.
 
         Raises:
             ConnectionError: there is no request, or the client is gone.

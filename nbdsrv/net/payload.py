@@ -20,7 +20,10 @@ from nbdsrv.net.writes import Writes
 from protocol.constants import Command, CommandFlag, Errno
 from protocol.requests import Request, Rules, parse_status_payload
 
-__all__ = ["Payloads", "Refusal"]
+__all__ = ["AGAIN", "Payloads", "Refusal"]
+
+AGAIN = -1
+"""Come back to this request."""
 
 Refusal = tuple[Errno, str]
 
@@ -113,19 +116,19 @@ class Payloads:
         """Act on a payload that begins at ``rx[body:end]``, now or once it is complete.
 
         Returns:
-            Where the next request begins; -1 to come back to this one.
+            Where the next request begins, or ``AGAIN``.
         """
         length, have = request.length, end - body
         buffers = self._reactor.buffers
         if not buffers.affords(max(length, RECEIVE_SIZE)):
             self.waiting_for_memory = True
             buffers.when_affordable(self._afforded)
-            return -1
+            return AGAIN
         if length <= have:
             self._act(request, rx[body : body + length], None)
             return body + length
         if self._writes.pending and length <= self._longest:
-            return -1  # the thread that stores the writes before it receives the rest
+            return AGAIN  # the thread that stores the writes before it receives the rest
         buffer = buffers.borrow(length)
         buffer.data[:have] = rx[body:end]
         self._payload = _Payload(request, length, buffer)

@@ -102,8 +102,6 @@ class NbdDisk(Disk):
         self._contexts = {context: number for number, context in terms.contexts.items()}
         self.contexts = (ALLOCATION, *(name for name in self._contexts if name != ALLOCATION))
         self._minimum = terms.blocks.minimum
-        # Of a size that is no multiple of it the last bytes cannot be asked for.
-        self._reach = terms.size // self._minimum * self._minimum
         self._aligned = self._minimum if terms.blocks_advertised else SECTOR
         self._piece = min(PIECE, terms.blocks.maximum) // self._aligned * self._aligned
         self.abilities = _abilities(terms.flags, writable=writable)
@@ -168,7 +166,7 @@ class NbdDisk(Disk):
             if offset >= self.size:
                 raise self._beyond(offset, length, os_errno.EINVAL)
             return ExtentList(offset, [(length, DATA)])
-        if self._reach <= offset < self.size:
+        if self._reads.reach <= offset < self.size:
             return ExtentList(offset, [(length, DATA)])
         found = await self._status(ALLOCATION, offset, length)
         return ExtentList(offset, [(span, STATES[flags & 3]) for span, flags in found])
@@ -180,7 +178,7 @@ class NbdDisk(Disk):
         if context not in self._contexts:
             raise DiskError(f"{self.name} has no context {context}", os_errno.EINVAL)
         self._check(offset, length)
-        if self._reach <= offset < self.size:
+        if self._reads.reach <= offset < self.size:
             return ExtentList(offset, [(length, UNKNOWN)])
         return ExtentList(offset, await self._status(context, offset, length))
 
@@ -189,7 +187,7 @@ class NbdDisk(Disk):
             raise self._beyond(offset, length, os_errno.EINVAL)
         # A server that names no block size may end an answer within one of ours: then from there.
         for block in (self._aligned, self._minimum):
-            begin, end = whole_blocks(block, self._reach, offset, length)
+            begin, end = whole_blocks(block, self._reads.reach, offset, length)
             if self._links.terms.dialect is not Dialect.EXTENDED:
                 end = min(end, begin + STATUS_LIMIT)
             found = await self._ask_status(context, begin, end - begin)
@@ -243,7 +241,7 @@ class NbdDisk(Disk):
         """CACHE, if the server knows how."""
         self._check(offset, length)
         if self._flags & TransmissionFlag.SEND_CACHE and length:
-            begin, end = whole_blocks(self._aligned, self._reach, offset, length)
+            begin, end = whole_blocks(self._aligned, self._reads.reach, offset, length)
 
             async def one(at: int, count: int) -> None:
                 client = await self._links.choose()

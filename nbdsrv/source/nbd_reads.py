@@ -39,7 +39,12 @@ class Asked:
 
 
 class Reads:
-    """The READs of one disk. Belongs to one event loop."""
+    """The READs of one disk. Belongs to one event loop.
+
+    Attributes:
+        reach: bytes that can be asked for: of a size that is no multiple of the server's smallest
+            block the last ones cannot.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class Reads:
         self._piece = piece
         self._size = links.terms.size
         self._block = links.terms.blocks.minimum
-        self._reach = self._size // self._block * self._block
+        self.reach = self._size // self._block * self._block
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` in pieces; on an error all before its offset is good."""
@@ -141,7 +146,7 @@ class Reads:
 
     async def _read(self, offset: int, view: memoryview) -> None:
         """A piece; one that is not in whole blocks is read as a larger one and cut."""
-        if offset + len(view) > self._reach:
+        if offset + len(view) > self.reach:
             await self._read_to_reach(offset, view)
             return
         if not (offset | len(view)) & (self._aligned - 1):
@@ -164,10 +169,10 @@ class Reads:
         """proto.md wants sizes in whole blocks, "since otherwise, the client would be unable to
         access the final few bytes".
         """
-        good = max(self._reach - offset, 0)
+        good = max(self.reach - offset, 0)
         if good:
             await self._read(offset, view[:good])
-        text = f"{self._name}: its last {self._size - self._reach} bytes cannot be read"
+        text = f"{self._name}: its last {self._size - self.reach} bytes cannot be read"
         why = f"its size is no multiple of the {self._block} that its server reads at least"
         raise DiskError(f"{text}: {why}", os_errno.EINVAL, offset + good)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from nbdsrv.errors import ConfigError
+from nbdsrv.secret import secret_of
 
 __all__ = ["Access", "Secret", "XapiPlace", "access_of", "parse_place"]
 
@@ -125,32 +126,15 @@ def access_of(environment: Mapping[str, str] = os.environ) -> Access:
     if wrong := [each for each in sorted(prints) if not _FINGERPRINT.fullmatch(each)]:
         text = "is no SHA-256 in hexadecimal; `openssl x509 -fingerprint -sha256` prints one"
         raise ConfigError(f"NBDSRV_XAPI_FINGERPRINT: {wrong[0]!r} {text}")
+    wanted = "the pool wants a password"
+    password = secret_of(environment, PASSWORD, kind="password", wanted=wanted, limit=MAX_PASSWORD)
     return Access(
-        Secret(_password(environment)),
+        Secret(password),
         _context(environment.get("NBDSRV_XAPI_CA", ""), exact=bool(prints)),
         prints,
         plain_nbd=environment.get("NBDSRV_XAPI_PLAIN_NBD", "") == "1",
         spool=environment.get("NBDSRV_XAPI_SPOOL", ""),
     )
-
-
-def _password(environment: Mapping[str, str]) -> str:
-    given = environment.get(PASSWORD)
-    if given:
-        return given
-    path = environment.get(f"{PASSWORD}_FILE")
-    if not path:
-        raise ConfigError(f"the pool wants a password; set {PASSWORD} or {PASSWORD}_FILE")
-    try:
-        with open(path, encoding="utf-8") as file:
-            line = file.readline(MAX_PASSWORD + 1).rstrip("\r\n")
-    except OSError as error:
-        raise ConfigError(f"{PASSWORD}_FILE {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{PASSWORD}_FILE {path}: {error}") from error
-    if not line or len(line) > MAX_PASSWORD:
-        raise ConfigError(f"{PASSWORD}_FILE {path}: its first line is no password")
-    return line
 
 
 def _context(ca: str, *, exact: bool) -> ssl.SSLContext:

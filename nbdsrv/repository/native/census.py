@@ -18,7 +18,7 @@ from heapq import merge
 from itertools import groupby, islice
 
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.repository.native.damage import damage_of, is_outage
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.entry import Place
 from nbdsrv.repository.native.index import (
     MAX_SEGMENT,
@@ -144,9 +144,7 @@ class Census:
             except ObjectMissing:
                 continue
             except DiskError as error:
-                if is_outage(error, vault.store):
-                    raise
-                self.damage[stored.key] = damage_of(error)
+                self.damage[stored.key] = damage_in(vault.store, error)
             else:
                 self.segments.append((stored.key, segment))
                 self.index.add_segment(segment)
@@ -165,17 +163,13 @@ class Census:
         except ObjectMissing:
             return None
         except CorruptImage as error:
-            if is_outage(error, store):
-                raise
-            self.damage[stored.key] = error
+            self.damage[stored.key] = damage_in(store, error)
         try:
             return list(scan(store.get(stored.key, MAX_PACK)))
         except ObjectMissing:
             return None
         except StoreError as error:
-            if is_outage(error, store):
-                raise
-            damage_of(error)
+            damage_in(store, error)
             self.unreadable.add(stored.key)
             return []
 

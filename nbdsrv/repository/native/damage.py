@@ -6,7 +6,7 @@ from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.damage import MAX_RANGES, Finding, Hurt, Note
 from nbdsrv.store.store import ObjectMissing, Store, StoreError
 
-__all__ = ["MAX_RANGES", "Finding", "Hurt", "Note", "damage_of", "is_outage"]
+__all__ = ["MAX_RANGES", "Finding", "Hurt", "Note", "damage_in", "damage_of", "is_outage"]
 
 
 def damage_of(error: DiskError) -> CorruptImage:
@@ -34,3 +34,14 @@ def is_outage(error: DiskError, store: Store) -> bool:
         and not isinstance(cause, ObjectMissing)
         and cause.errno != os_errno.EFBIG
     )
+
+
+def damage_in(store: Store, error: DiskError) -> CorruptImage:
+    """``damage_of`` for what was read from ``store``: an outage is none.
+
+    Raises:
+        DiskError: it says that the store could not be asked, or may say so.
+    """
+    if is_outage(error, store):
+        raise error
+    return damage_of(error)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import RepositoryError
 from nbdsrv.repository.destination import Destination, KnownPoint, Occasion
-from nbdsrv.repository.native.damage import damage_of, is_outage
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.layout import is_text, point_prefix
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
@@ -52,9 +52,7 @@ class NativeDestination(Destination):
         try:
             self.vault.root(record.root)
         except StoreError as error:  # a bad sector, or an object that was cut off
-            if is_outage(error, self.vault.store):
-                raise
-            raise damage_of(error) from error
+            raise damage_in(self.vault.store, error) from error
 
     async def begin(
         self, workers: Workers, occasion: Occasion, parent: KnownPoint | None

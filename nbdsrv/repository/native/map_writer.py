@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from nbdsrv.errors import DiskError, RepositoryError
-from nbdsrv.repository.native.damage import damage_of, is_outage
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.entry import MAX_CONTENT, Kind, Place
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.known import Known
@@ -289,11 +289,10 @@ class MapWriter:
         """
         try:
             self._vault.entries.read_there(kind, id_, place)
+        except ObjectMissing:
+            return False
         except DiskError as error:
-            if is_outage(error, self._vault.store):
-                raise
-            if not isinstance(error, ObjectMissing):
-                damage_of(error)
+            damage_in(self._vault.store, error)
             return False
         return True
 

@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 
 from nbdsrv.errors import CorruptImage
-from nbdsrv.repository.native.damage import damage_of, is_outage
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
 from nbdsrv.repository.native.known import Known
 from nbdsrv.repository.native.slots import SLOT, Page, Root
@@ -121,9 +121,7 @@ class ParentMap:
             return ParentPage(None, frozenset())
         except StoreError as error:
             # A bad sector, or an object that was cut off, costs what stands in it, not the backup.
-            if is_outage(error, self._vault.store):
-                raise
-            damage_of(error)
+            damage_in(self._vault.store, error)
             return ParentPage(None, frozenset())
         usable = self._known.usable
         bad = frozenset(n for n, name in enumerate(page.names) if not usable(name))
