@@ -5,6 +5,7 @@ in reverse order, whether it passed or not. A server that does not leave with ex
 SIGTERM, or that printed a traceback, fails the check even where the peer was content.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from conformance.image import MIB, Image, Span, standard_layout
 from conformance.server import Server, Tls
 
 __all__ = ["Context"]
+
+KEEP_VARIABLE = "NBDSRV_KEEP_FAILED"
+"""Set it, and what a failed check leaves is copied beside its directory before that is removed."""
 
 
 class Context:
@@ -42,6 +46,9 @@ class Context:
         if error is None:
             self._stack.close()
             return
+        if os.environ.get(KEEP_VARIABLE):
+            error.add_note(f"kept in {self.directory.with_suffix('.kept')}")
+            shutil.copytree(self.directory, self.directory.with_suffix(".kept"), symlinks=True)
         try:
             self._stack.close()
         except Exception as later:  # noqa: BLE001 - whatever it is, the check's error is the news

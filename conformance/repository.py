@@ -146,6 +146,8 @@ class Repository:
         try:
             self.context.run("nbdcopy", server.uri(self.export(point)), target)
             return file_digest(target)
+        except CheckFailedError as error:
+            raise CheckFailedError(f"{error}; the server: {server.stderr()}") from error
         finally:
             target.unlink(missing_ok=True)
 

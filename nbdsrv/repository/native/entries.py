@@ -47,7 +47,8 @@ class Entries:
     """The entries of one repository. Thread-safe; everything blocks.
 
     Attributes:
-        elsewhere: id to all places where it may lie; asked when the first place fails.
+        elsewhere: id to all places where it may lie; asked when the first place fails. Its
+            StoreErrors are those of ``read``.
         on_damage: told of each entry that was not what it must be, once it is found out. A pack
             that is gone is damage only if what was in it is nowhere else: repacking moves things.
     """
@@ -68,7 +69,7 @@ class Entries:
 
         Raises:
             CorruptImage: no pack has it any more; names the object and the offset.
-            StoreError: the store does not answer.
+            StoreError: the store does not answer, be it only when asked where else it lies.
         """
         try:
             return self.read_there(kind, id_, place)

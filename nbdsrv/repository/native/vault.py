@@ -53,9 +53,6 @@ Passphrase = Callable[[], str]
 """Asked only for a repository that is encrypted. Raises ConfigError if there is none."""
 
 MAX_CONFIG = 1 << 16
-RELIST_S = 1.0
-"""Seconds an index is believed when it does not know where something lies now; then its segments
-are listed again, for somebody may have repacked or stored anew what is sought."""
 RELISTS = 4
 """Times an index is loaded, at most, because segments were replaced meanwhile."""
 _DAMAGED = frozenset({os_errno.EIO, os_errno.EFBIG})
@@ -308,34 +305,37 @@ class Vault:
     def _elsewhere(self, id_: bytes) -> Iterator[Place]:
         """Where else the content of an id lies; the index is loaded for who needs it first.
 
-        A server runs for weeks while packs are repacked: where the index leads nowhere and there
-        are other segments by now, it is loaded anew.
+        A server runs for weeks while packs are repacked. A pack goes only once the index says
+        where its content is now, so an index that was listed after the content was missed is
+        right; one that was listed before, however lately, may lead to what has just gone.
+
+        Raises:
+            StoreError: the index cannot be listed or read.
         """
         tried: Index | None = None
-        for _ in range(2):
+        for _ in range(RELISTS):
+            missed = time.monotonic()
             with self._lock:
-                try:
-                    index = self._index_after(tried)
-                except StoreError:
-                    return
+                index = self._index_after(tried, missed)
             if index is tried:
                 return
             tried = index
             yield from index.find_all(id_)
 
-    def _index_after(self, tried: Index | None) -> Index:
-        """A later one than was tried, if there is one. With the lock."""
+    def _index_after(self, tried: Index | None, missed: float) -> Index:
+        """A later one than was tried, if there is one. With the lock.
+
+        Whoever waited for the lock while another listed the index has that one's answer.
+        """
         index = self._index
-        if index is not None and index is not tried:
+        if index is not None and (index is not tried or self._listed >= missed):
             return index
-        now = time.monotonic()
-        if index is not None and now - self._listed < RELIST_S:
-            return index
-        self._listed = now
+        listed = time.monotonic()
         names = frozenset(stored.key for stored in self.store.list(INDEX))
         if index is None or names != self._segments:
             index, self._segments = self.index(), names
             self._index = index
+        self._listed = listed
         return index
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 import pytest
 
 from nbdsrv.errors import ConfigError, CorruptImage, RepositoryError
-from nbdsrv.repository.native import vault as vault_module
 from nbdsrv.repository.native.entry import Kind
 from nbdsrv.repository.native.hashing import HASHES
 from nbdsrv.repository.native.index import encode_segment
@@ -12,6 +11,7 @@ from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
+from nbdsrv.store.store import StoreError
 from tests.repository.native.made import PASSPHRASE, add_point, config, content, made, restored
 
 DISK = content(1, 0, 2, 1, *([0] * 20), 3, tail=777)
@@ -176,18 +176,14 @@ def repacked(vault: Vault) -> None:
         vault.store.delete(pack_key(name))
 
 
-def test_an_open_vault_follows_packs_that_move_and_move_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(vault_module.time, "monotonic", lambda: now)
+def test_an_open_vault_follows_packs_that_move_and_move_again() -> None:
+    """At once, each time: `gc --grace 0s` moves things twice in a second."""
     store = MemoryStore()
     record = add_point(made(store), "vm", {"sda": DISK})
     vault = Vault.open(store, nobody)
     for _ in range(3):
         repacked(Vault.open(store, nobody))
         assert DISK == restored(vault, record, "sda")
-        now += vault_module.RELIST_S
     for stored in list(store.list("packs/")):
         store.delete(stored.key)
     with pytest.raises(CorruptImage, match="is missing"):
@@ -210,3 +206,19 @@ def test_any_damage_is_an_error_and_never_other_bytes(prefix: str) -> None:
                 damaged_at += 1
         assert damaged_at
         store.put(stored.key, whole)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_may_lie_elsewhere_is_not_called_lost_while_the_index_cannot_be_listed(
+    gone: bool,
+) -> None:
+    store = MemoryStore()
+    record = add_point(made(store), "vm", {"sda": DISK})
+    repacked(Vault.open(store, nobody))
+    if not gone:
+        for stored in list(store.list("metas/")):
+            store.put(stored.key, store.get(stored.key)[:100])
+    faulty = FaultyStore(store, failures=[Failure(calls("list", key="index/"), 110, None)])
+    with pytest.raises(StoreError) as caught:
+        restored(Vault.open(faulty, nobody), record, "sda")
+    assert 110 == caught.value.errno
