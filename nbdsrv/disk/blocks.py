@@ -5,6 +5,7 @@
     Disk A ── Blocks ──┐                     ┌ peek(key)        the loop: what is there, now
     Disk B ── Blocks ──┼── BlockCache        │ decode_now(key)  the loop: what needs no disk
     Disk C ── Blocks ──┘   one budget        │ get(key)         threads: decode what is not there
+                                             ├ stored(key)      where its packed bytes lie
                                              └ forget(key)      its content has changed
 
 Whoever asks first decodes; who asks for the same block meanwhile waits for that (*single flight*).
@@ -17,6 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import overload
+
+from nbdsrv.disk.file_run import FileRun
 
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
@@ -114,24 +117,25 @@ class Blocks:
         held: key to decoded block; only ``BlockCache`` and this class change it.
     """
 
-    __slots__ = ("_at_hand", "_cache", "_decode", "_decoding", "held")
+    __slots__ = ("_cache", "_decode", "_decoding", "_stored", "held")
 
     def __init__(
         self,
         cache: BlockCache,
         decode: Callable[[int], bytes],
-        at_hand: Callable[[int], bool] | None = None,
+        stored: Callable[[int], FileRun | None] | None = None,
     ) -> None:
         """Blocks that ``decode`` makes.
 
         Args:
             cache: shared with other Disks.
             decode: returns the block of a key, blocking, in any thread; raises DiskError.
-            at_hand: would that take a fraction of a millisecond now, and no disk? Never blocks.
+            stored: where the packed block lies, if that is known and in a file, and unpacking it
+                takes a fraction of a millisecond. Never blocks.
         """
         self._cache = cache
         self._decode = decode
-        self._at_hand = at_hand
+        self._stored = stored
         self._decoding: dict[int, _Flight] = {}
         self.held: dict[int, _Entry] = {}
 
@@ -149,9 +153,13 @@ class Blocks:
         if key in self.held:
             return True
         try:
-            return self._at_hand is not None and self._at_hand(key)
+            return (run := self.stored(key)) is not None and run.resident()
         except Exception:  # noqa: BLE001 - a bug in there must not cost the connection
             return False
+
+    def stored(self, key: int) -> FileRun | None:
+        """Where the packed block lies, or None: not known now, or in no file. Never blocks."""
+        return self._stored(key) if self._stored is not None else None
 
     def is_coming(self, key: int) -> bool:
         """Is a thread decoding it?"""
@@ -160,7 +168,10 @@ class Blocks:
     def decode_now(self, key: int, wanted: int) -> bytes | None:
         """As ``get``, on the loop: None if that would wait for the disk or a thread, or fails."""
         try:
-            if self._at_hand is None or key in self._decoding or not self._at_hand(key):
+            if self._stored is None or key in self._decoding:
+                return None
+            run = self._stored(key)
+            if run is None or not run.resident():
                 return None
             return self.get(key, wanted, wait=False)
         except Exception:  # noqa: BLE001 - also a bug of a decoder must not cost the connection

@@ -37,13 +37,15 @@ class MappedDisk(PagedDisk):
         del key
         return None
 
-    def _is_at_hand(self, key: int) -> bool:
+    def _stored(self, key: int) -> FileRun | None:
         where = self._packed(key)
         if where is None:
-            return False
+            return None
         file, (position, length) = self.file, where
         length = min(length, file.size - position)
-        return length > 0 and file.residency.resident(file.fd, file.base + position, length)
+        if length <= 0:
+            return None
+        return FileRun(file.fd, file.base + position, length, file.residency)
 
     def _file_run(self, file: ImageFile | None, position: int, length: int) -> FileRun:
         return (file or self.file).run(position, length)

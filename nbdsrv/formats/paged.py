@@ -66,7 +66,7 @@ class PagedDisk(Disk):
         super().__init__(workers)
         self.name = name
         self.backing = backing
-        self.blocks = Blocks(workers.cache, self._decode, self._is_at_hand)
+        self.blocks = Blocks(workers.cache, self._decode, self._stored)
         self._pages: OrderedDict[int, Page] = OrderedDict()
         self._segments = 0
         self._next_page = 0
@@ -134,10 +134,10 @@ class PagedDisk(Disk):
             index += 1
         return runs
 
-    def _is_at_hand(self, key: int) -> bool:
-        """Would decoding that block take a fraction of a millisecond, and no disk? On the loop."""
+    def _stored(self, key: int) -> FileRun | None:
+        """Where that packed block lies, if decoding it is quick. Never blocks."""
         del key
-        return False
+        return None
 
     def _locate(self, offset: int, length: int) -> Sequence[Run] | None:
         runs: list[Run] = []

@@ -6,7 +6,8 @@
     header ──────┼ refused ────────────────> its payload is skipped, then an error
     at ``at``    ├ with a payload ─────────> Payloads ─> Writes | SlowRequests
                  ├ READ ── in memory ──────> Reads
-                 │         encoded blocks ─> PackedReads (a processor) | SlowRequests (a disk)
+                 │         encoded blocks ─> PackedReads (a processor) | ColdReads (a disk)
+                 │         on a disk ──────> ColdReads
                  │         another server's > AfarReads
                  └ all else ───────────────> SlowRequests
 
@@ -20,6 +21,7 @@ from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
+from nbdsrv.net.cold import ColdReads
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.packed import PackedReads
 from nbdsrv.net.payload import Payloads, Refusal
@@ -98,6 +100,7 @@ class Dispatch:
         self.slow = SlowRequests(*answering, agreement.contexts, deliver, measures)
         self.afar = AfarReads(*answering, dialect, self.slow, deliver, measures)
         self.packed = PackedReads(*answering, self.slow, deliver, measures)
+        self.cold = ColdReads(*answering, self.slow, deliver)
         self.reads = Reads(
             *(disk, reactor, sender, self._encoder, dialect, channel.secure), self._unpack
         )
@@ -176,7 +179,7 @@ class Dispatch:
             runs = None
         if runs is not None and request.length <= MAX_FETCH:
             if not self.packed.begin(request, runs):
-                self.slow.fetch(request, runs)
+                self.cold.begin(request, runs)
         else:
             self.slow.start(request, self.slow.read(request))
 
@@ -185,7 +188,7 @@ class Dispatch:
         if self.slow.full():
             return False
         if away or not self.packed.begin(request, runs):
-            self.slow.fetch(request, runs)
+            self.cold.begin(request, runs)
         return True
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:

@@ -2,11 +2,10 @@
 
 Everything that is not in memory, not a plain overwrite, or rare::
 
-    cold READ of one kind            ``fetch``    a thread
-    mixed READ, or one in trouble    ``start``    a task
-    status, FLUSH, TRIM, zeroes ...  ``start``    a task
+    READ of holes and data, or in trouble    a task
+    status, FLUSH, TRIM, zeroes ...          a task
 
-READs of another server's export come here only when they are in trouble (``afar``).
+Other READs come here only when they are in trouble (``cold``, ``packed``, ``afar``).
 
 Only here (and in ``transmission``, for stored writes) does an operating system's errno become the
 wire's.
@@ -17,7 +16,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -33,7 +31,7 @@ from protocol.extents import ExtentList
 from protocol.replies import ChunkEncoder, SimpleEncoder, wire_errno
 from protocol.requests import Request
 
-__all__ = ["Answer", "SlowRequests"]
+__all__ = ["MAX_READING", "Answer", "SlowRequests"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +78,6 @@ class SlowRequests:
         self._measures = measures
         self._began: dict[int, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fetching = 0
         self._told = 0
         self.in_flight = 0
         self.moving = 0
@@ -90,52 +87,11 @@ class SlowRequests:
         """Is so much being worked on that no more should be received?"""
         return self.in_flight >= MAX_IN_FLIGHT or self.moving >= MAX_IN_FLIGHT_BYTES
 
-    def fetch(self, request: Request, runs: Sequence[Run]) -> None:
-        """READ what threads can get and one chunk can carry: a thread, but no task."""
-        length = request.length
-        header = self._encoder.data_header(
-            request.cookie, request.offset, request.offset, length, done=True
-        )
-        total = len(header) + length
-        busy = self._fetching >= MAX_READING or not self._buffers.affords(total)
-        if busy or not self._one_chunk(request, runs):
-            self.start(request, self.read(request))
-            return
-        self._fetching += 1
-        self._begin(request)
-        buffer = self._buffers.borrow(total)
-        buffer.data[: len(header)] = header
-        view = buffer.data[len(header) : total]
-        done = partial(self._fetched, request, buffer, total)
-        self._workers.submit(read_runs, self._disk.name, request.offset, runs, view, done=done)
-
-    def _one_chunk(self, request: Request, runs: Sequence[Run]) -> bool:
-        """Is the answer to be one stretch of data, without holes of its own?"""
-        if isinstance(self._encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
-            return True
-        return not any(isinstance(run, ZeroRun) for run in runs)
-
-    def _fetched(
-        self,
-        request: Request,
-        buffer: Buffer,
-        total: int,
-        _result: None,
-        error: BaseException | None,
-    ) -> None:
-        self._fetching -= 1
-        self._end(request)
-        if error is None:
-            self._deliver([(buffer.view(total), buffer)])
-            return
-        self._buffers.release(buffer)
-        self.start(request, self.read(request))  # which knows how to tell what is wrong
-
     def start(
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
     ) -> None:
         """Have a task carry out ``request``; ``owner`` is released when it has."""
-        self._begin(request)
+        self.note_begun(request)
         task = asyncio.get_running_loop().create_task(self._perform(request, work, owner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -153,15 +109,17 @@ class SlowRequests:
             answer = [(self.failure(request, error), None)]
         if owner is not None:
             self._buffers.release(owner)
-        self._end(request)
+        self.note_answered(request)
         self._deliver(answer)
 
-    def _begin(self, request: Request) -> None:
+    def note_begun(self, request: Request) -> None:
+        """It is in flight, whoever carries it out."""
         self.in_flight += 1
         self.moving += _weight(request)
         self._began[id(request)] = perf_counter()
 
-    def _end(self, request: Request) -> None:
+    def note_answered(self, request: Request) -> None:
+        """It is not any more. Before its answer is delivered."""
         self.in_flight -= 1
         self.moving -= _weight(request)
         took = perf_counter() - self._began.pop(id(request))

@@ -3,10 +3,13 @@
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
+from nbdsrv.disk.file_run import FileRun
+from nbdsrv.disk.residency import Residency
 from nbdsrv.errors import CorruptImage
 
 SIZE = 1000
@@ -42,20 +45,22 @@ def test_a_block_read_in_part_is_decoded_once() -> None:
     assert decoder.calls == {7: 1}
 
 
-def test_the_loop_waits_for_no_thread() -> None:
+def test_the_loop_waits_for_no_thread(tmp_path: Path) -> None:
     """A thread begins with the block just when the loop has found that it may decode it."""
     decoder = Decoder()
     decoder.gate.clear()
     thread = threading.Thread(target=lambda: blocks.get(7, 10))
 
-    def at_hand(_: int) -> bool:
+    def stored(_: int) -> FileRun:
         thread.start()
         while not decoder.calls:
             time.sleep(0.001)
-        return True
+        return FileRun(file.fileno(), 0, SIZE, Residency(0))
 
-    blocks = Blocks(BlockCache(), decoder, at_hand)
-    assert blocks.decode_now(7, 10) is None
+    (tmp_path / "packed").write_bytes(bytes(SIZE))
+    blocks = Blocks(BlockCache(), decoder, stored)
+    with (tmp_path / "packed").open("rb") as file:
+        assert blocks.decode_now(7, 10) is None
     assert blocks.is_coming(7)
     decoder.gate.set()
     thread.join()

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno as os_errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from wire import Wire
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.runs import BlockRun, Run
+from nbdsrv.disk.residency import Residency
+from nbdsrv.disk.runs import BlockRun, FileRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.exports import Export
 from nbdsrv.net.server import Limits, Server
@@ -31,7 +33,12 @@ class Broken(Disk):
     def __init__(self, workers: Workers) -> None:
         super().__init__(workers)
         self.mended = False
-        self._blocks = Blocks(BlockCache(), self._decode, lambda _: True)
+        self._memory = os.memfd_create("broken")
+        os.pwrite(self._memory, bytes(SIZE), 0)
+        self._blocks = Blocks(BlockCache(), self._decode, self._stored)
+
+    def _stored(self, key: int) -> FileRun:
+        return FileRun(self._memory, key * BLOCK, BLOCK, Residency(0))
 
     def _decode(self, key: int) -> bytes:
         if not self.mended:
@@ -56,7 +63,7 @@ class Broken(Disk):
         return ExtentList(offset, [(length, DATA)])
 
     async def close(self) -> None:
-        pass
+        os.close(self._memory)
 
 
 def _served(server: Server) -> Broken:

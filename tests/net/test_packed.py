@@ -1,6 +1,7 @@
 """READs of packed blocks in memory: few threads, all answered, whatever happens meanwhile."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from wire import Wire
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.runs import BlockRun, Run
+from nbdsrv.disk.residency import Residency
+from nbdsrv.disk.runs import BlockRun, FileRun, Run
 from nbdsrv.disk.workers import COMPUTERS, Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Export
@@ -39,7 +41,12 @@ class Packed(Disk):
         self.loaded = True
         self.loads = 0
         self.threads: set[str] = set()
-        self._blocks = Blocks(BlockCache(), self._decode, lambda _: not cold)
+        self._memory = os.memfd_create("packed")
+        os.pwrite(self._memory, bytes(self.size), 0)
+        self._blocks = Blocks(BlockCache(), self._decode, None if cold else self._stored)
+
+    def _stored(self, key: int) -> FileRun:
+        return FileRun(self._memory, key * BLOCK, BLOCK, Residency(0))
 
     def _decode(self, key: int) -> bytes:
         self.threads.add(threading.current_thread().name)
@@ -68,6 +75,7 @@ class Packed(Disk):
 
     async def close(self) -> None:
         self._blocks.close()
+        os.close(self._memory)
 
 
 def served(server: Server, *, cold: bool = False) -> Packed:

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from contextlib import suppress
 
+from nbdsrv.disk.file_run import FileRun
 from nbdsrv.disk.residency import Residency, inline_flags
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Place
@@ -57,7 +58,7 @@ class _PackFile:
 
 
 class ChunkReader:
-    """The chunks of one repository. Thread-safe; all but ``at_hand`` blocks."""
+    """The chunks of one repository. Thread-safe; all but ``stored`` blocks."""
 
     def __init__(self, vault: Vault) -> None:
         """``vault`` stays open."""
@@ -112,16 +113,16 @@ class ChunkReader:
                 if self._file(pack) is None:
                     return  # none of them is
 
-    def at_hand(self, place: Place, length: int, number: int) -> bool:
-        """Would ``frame`` find all it needs in memory? For the loop; never blocks."""
+    def stored(self, place: Place, length: int, number: int) -> FileRun | None:
+        """Where all lies that ``frame`` reads, if the pack is open. Never blocks."""
         file = self._files.get(place.pack)
         if file is None or place.codec != Codec.FRAMES:
-            return False
+            return None
         try:
             position, size = frame_span(place.frames, length, number)
         except BrokenPayload:
-            return False  # whoever reads it is told
-        return file.residency.resident(file.fd, place.offset + ENTRY_SIZE + position, size)
+            return None  # whoever reads it is told
+        return FileRun(file.fd, place.offset + ENTRY_SIZE + position, size, file.residency)
 
     def close(self) -> None:
         """Close the packs that nobody is reading. Idempotent."""

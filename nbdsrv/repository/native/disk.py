@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from nbdsrv.disk.blocks import Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.runs import BlockRun, Run, ZeroRun
+from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.comparing import MAX_OTHERS, announced
@@ -106,7 +106,7 @@ class PointDisk(Disk):
         # Of each chunk: itself, and its frames.
         self._stride = 1 + -(-root.chunk_size // FRAME)
         self._reader = ChunkReader(vault)
-        self._blocks = Blocks(workers.cache, self._decode, self._at_hand)
+        self._blocks = Blocks(workers.cache, self._decode, self._stored)
         self._distant = vault.store if isinstance(vault.store, SpanStore) else None
         self._sweeps = Sweeps(self.pages, self._distant) if self._distant else None
         self._others = others
@@ -245,15 +245,15 @@ class PointDisk(Disk):
             return self._reader.chunk(id_, page.place(index), length)
         return self._reader.frame(id_, page.place(index), length, part - 1)
 
-    def _at_hand(self, key: int) -> bool:
-        """Is it a frame that can be unpacked now?"""
+    def _stored(self, key: int) -> FileRun | None:
+        """Where a frame lies, if its page is in memory and its pack is open."""
         chunk, part = divmod(key, self._stride)
         number, index = divmod(chunk, self._slots)
         held = self.pages.peek(number)
         if not part or held is None or held.page is None or held.zeroes[index]:
-            return False
+            return None
         length = min(self._chunk, self._root.size - chunk * self._chunk)
-        return self._reader.at_hand(held.page.place(index), length, part - 1)
+        return self._reader.stored(held.page.place(index), length, part - 1)
 
     async def cache(self, offset: int, length: int) -> None:
         """Decode the chunks of the range, so that they are in memory."""

@@ -48,13 +48,15 @@ def test_chunks_and_frames(vault: Vault, codec: Codec) -> None:
     reader.close()
 
 
-def test_only_packs_that_have_been_read_are_at_hand(vault: Vault) -> None:
+def test_only_frames_of_packs_that_have_been_read_are_known_to_lie_in_a_file(vault: Vault) -> None:
     id_, place = stored(vault, CONTENT)
     reader = ChunkReader(vault)
-    assert not reader.at_hand(place, len(CONTENT), 0)
+    assert reader.stored(place, len(CONTENT), 0) is None
     reader.frame(id_, place, len(CONTENT), 1)
-    assert reader.at_hand(place, len(CONTENT), 0)
-    assert not reader.at_hand(place._replace(frames=b"\xff" * 99), len(CONTENT), 0)
+    run = reader.stored(place, len(CONTENT), 0)
+    assert run is not None
+    assert run.resident()
+    assert reader.stored(place._replace(frames=b"\xff" * 99), len(CONTENT), 0) is None
     reader.close()
 
 

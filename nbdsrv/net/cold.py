@@ -1,0 +1,155 @@
+"""READs that a disk must be waited for: by threads, without a task.
+
+::
+
+    one turn of the loop finds   cold cold cold cold          cold
+                                   └────┴────┴────┘ on a file   |  none the kernel can be told of
+    a thread                     tell the kernel of all,      read it
+                                 then read one by one
+
+While the thread waits for the first, the disk fetches the others, just as if a thread waited for
+each. But a thread for each costs it a wake-up, a wait, the interpreter twice and the loop's
+attention: with sixteen reads under way that was five context switches a read, and is less than one.
+
+What fails, what memory is short for and what is not one stretch of data is ``SlowRequests``' to
+carry out.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from nbdsrv.disk.disk import Disk, read_runs
+from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
+from nbdsrv.net.buffers import Buffer
+from nbdsrv.net.reactor import Reactor
+from nbdsrv.net.slow import MAX_READING, Answer, SlowRequests
+from protocol.constants import CommandFlag
+from protocol.replies import ChunkEncoder, SimpleEncoder
+from protocol.requests import Request
+
+__all__ = ["ColdReads"]
+
+SMALL = 1 << 16
+"""Bytes of a READ that may share a thread: what takes longer to copy would hold the others up."""
+
+
+class _Cold(NamedTuple):
+    """A READ, where its bytes are, and the answer to be: ``buffer``, of which ``start`` bytes are
+    the header.
+    """
+
+    request: Request
+    runs: Sequence[Run]
+    buffer: Buffer
+    start: int
+    total: int
+
+
+class ColdReads:
+    """One client's. Belongs to the loop."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        reactor: Reactor,
+        encoder: SimpleEncoder | ChunkEncoder,
+        slow: SlowRequests,
+        deliver: Callable[[Answer], None],
+    ) -> None:
+        """``deliver`` sends an answer and becomes the owner of its buffers."""
+        self._name = disk.name
+        self._reactor = reactor
+        self._buffers = reactor.buffers
+        self._encoder = encoder
+        self._slow = slow
+        self._deliver = deliver
+        self._reading = 0
+        self._gathered: list[_Cold] = []
+
+    def begin(self, request: Request, runs: Sequence[Run]) -> None:
+        """Carry out a READ that is within the disk; ``runs`` are what ``locate`` has said of it."""
+        at, length = request.offset, request.length
+        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
+        total = len(header) + length
+        busy = self._reading >= MAX_READING or not self._buffers.affords(total)
+        if busy or not self._one_chunk(request, runs):
+            self._slow.start(request, self._slow.read(request))
+            return
+        self._reading += 1
+        self._slow.note_begun(request)
+        buffer = self._buffers.borrow(total)
+        buffer.data[: len(header)] = header
+        cold = _Cold(request, runs, buffer, len(header), total)
+        if length > SMALL or not _heeded(runs):
+            self._send_for([cold])
+            return
+        if not self._gathered:
+            self._reactor.soon(self._send_for_all)
+        self._gathered.append(cold)
+
+    def _one_chunk(self, request: Request, runs: Sequence[Run]) -> bool:
+        """Is the answer to be one stretch of data, without holes of its own?"""
+        if isinstance(self._encoder, SimpleEncoder) or request.flags & CommandFlag.DF:
+            return True
+        return not any(isinstance(run, ZeroRun) for run in runs)
+
+    def _send_for_all(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        self._send_for(gathered)
+
+    def _send_for(self, group: Sequence[_Cold]) -> None:
+        done = partial(self._fetched, group)
+        self._reactor.workers.submit(_read_all, self._name, group, done=done)
+
+    def _fetched(
+        self, group: Sequence[_Cold], failed: Sequence[bool] | None, error: BaseException | None
+    ) -> None:
+        answers: Answer = []
+        for cold, is_bad in zip(group, failed or [True] * len(group), strict=True):
+            request, _, buffer, _, total = cold
+            self._reading -= 1
+            self._slow.note_answered(request)
+            if is_bad or error is not None:
+                self._buffers.release(buffer)
+                self._slow.start(request, self._slow.read(request))  # it can tell what is wrong
+            else:
+                answers.append((buffer.view(total), buffer))
+        if answers:
+            self._deliver(answers)
+
+
+def _heeded(runs: Sequence[Run]) -> bool:
+    """May the kernel be told of all of it?"""
+    for run in runs:
+        packed = run.blocks.stored(run.key) if isinstance(run, BlockRun) else run
+        if not isinstance(packed, FileRun) or not packed.heeds():
+            return False
+    return True
+
+
+def _announce(cold: _Cold) -> None:
+    left = cold.request.length
+    for run in cold.runs:
+        if isinstance(run, BlockRun):
+            packed = run.blocks.stored(run.key)
+            if packed is not None:
+                packed.announce(packed.length)
+        elif isinstance(run, FileRun):
+            run.announce(min(run.length, left))
+        left -= run.length
+
+
+def _read_all(name: str, group: Sequence[_Cold]) -> list[bool]:
+    """Of each, has it failed? In a thread."""
+    for cold in group[1:]:  # to read the first is to announce it
+        _announce(cold)
+    failed = []
+    for request, runs, buffer, start, total in group:
+        try:
+            read_runs(name, request.offset, runs, buffer.data[start:total])
+        except Exception:  # noqa: BLE001 - it is read once more, by who can tell
+            failed.append(True)
+        else:
+            failed.append(False)
+    return failed
