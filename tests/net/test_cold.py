@@ -1,4 +1,4 @@
-"""READs that wait for a disk: those of one turn share a thread, which tells the disk of them all."""
+"""READs that wait for a disk: those of one turn share a thread, which tells of them all first."""
 
 import asyncio
 import os

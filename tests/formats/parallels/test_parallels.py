@@ -138,7 +138,7 @@ async def test_sixteen_tebibytes_open_at_once(tmp_path: Path, workers: Workers) 
     start = time.monotonic()
     disk = await open_image(path, "", Opening(workers))
     assert await content(disk, size - 4096, 4096) == b"\7" * 4096
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 20  # a few milliseconds on a quiet machine
     assert [e.flags for e in await disk.extents(size - 2 * MIB, 2 * MIB)] == [HOLE, DATA]
     await disk.close()
 

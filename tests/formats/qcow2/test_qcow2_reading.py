@@ -205,7 +205,7 @@ async def test_huge_sparse_images_open_at_once(
     disk = await opener(path, workers)()
     assert await content(disk, disk.size // int(size[:-1]) * (int(size[:-1]) - 1), 2) == b"\7\7"
     assert await content(disk, disk.size - 2, 2) == b"\0\0"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 20  # a few milliseconds on a quiet machine
     await disk.close()
 
 
