@@ -39,7 +39,7 @@ class ImageFile:
         residency: how warm it is, for ``FileRun``.
     """
 
-    __slots__ = ("base", "device", "fd", "path", "residency", "size", "writable")
+    __slots__ = ("__weakref__", "base", "device", "fd", "path", "residency", "size", "writable")
 
     def __init__(
         self, path: str, fd: int, *, size: int, base: int = 0, device: bool, writable: bool

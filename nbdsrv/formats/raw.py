@@ -23,6 +23,7 @@ from nbdsrv.errors import DiskError
 from nbdsrv.formats.allocation import discard_device, punch_hole, zero_range
 from nbdsrv.formats.extent_map import ExtentMap
 from nbdsrv.formats.image_file import ImageFile, open_image_file
+from nbdsrv.formats.image_lock import lock_for_writing
 from nbdsrv.formats.opening import Opening
 from protocol.extents import DATA, HOLE, ExtentList
 
@@ -251,7 +252,13 @@ EINVAL is a device's answer to a range that is not whole sectors."""
 
 
 async def raw_disk(file: ImageFile, opening: Opening) -> RawDisk:
-    """``file`` as it is; becomes its owner."""
+    """``file`` as it is; becomes its owner, unless it raises.
+
+    Raises:
+        DiskError: it would be written to, and another program has it open.
+    """
+    if file.writable:
+        await opening.workers.look_up(_lock, file)
     return RawDisk(opening.workers, file)
 
 
@@ -259,10 +266,23 @@ async def open_raw(path: str, workers: Workers, *, writable: bool) -> RawDisk:
     """Open a raw image or block device; read-only unless ``writable``, and then really so.
 
     Raises:
-        DiskError: missing, no permission, a directory, not a disk at all.
+        DiskError: missing, no permission, a directory, not a disk at all; to be written to while
+            another program has it open.
     """
     return await workers.look_up(_open, path, workers, writable)
 
 
 def _open(path: str, workers: Workers, writable: bool) -> RawDisk:  # noqa: FBT001
-    return RawDisk(workers, open_image_file(path, writable=writable))
+    file = open_image_file(path, writable=writable)
+    try:
+        if writable:
+            _lock(file)
+    except BaseException:
+        file.close()
+        raise
+    return RawDisk(workers, file)
+
+
+def _lock(file: ImageFile) -> None:
+    # There are no tables that two of ours could fall out over: they may be partitions of it.
+    lock_for_writing(file, beside_ours=True)

@@ -13,7 +13,6 @@ Rule: a cluster that is being allocated is ``busy``; whoever else wants it waits
 
 import asyncio
 import errno as os_errno
-import os
 from array import array
 
 from nbdsrv.disk.disk import Ability
@@ -22,13 +21,13 @@ from nbdsrv.disk.runs import FileRun, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
+from nbdsrv.formats.image_lock import lock_for_writing
 from nbdsrv.formats.opening import Opening
 from nbdsrv.formats.page import Kind
 from nbdsrv.formats.qcow2.opening import open_layers
 from nbdsrv.formats.qcow2.reader import Layers
 from nbdsrv.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from nbdsrv.formats.qcow2.writable_base import ChangingQcow2
-from nbdsrv.formats.qcow2.writable_lock import lock_for_writing
 from nbdsrv.formats.qcow2.writable_start import Start, check_writable
 from nbdsrv.formats.qcow2.writable_store import NewClusters, Turns, store
 from nbdsrv.formats.qcow2.writable_tables import Table
@@ -53,7 +52,7 @@ async def open_writable(file: ImageFile, opening: Opening) -> "WritableQcow2":
         DiskError: somebody else has it open.
     """
     workers = opening.workers
-    await workers.look_up(_lock, file)
+    await workers.look_up(lock_for_writing, file)
     layers = await open_layers(file, opening)
     try:
         start = await workers.look_up(_start, layers)
@@ -64,12 +63,6 @@ async def open_writable(file: ImageFile, opening: Opening) -> "WritableQcow2":
         if layers.backing is not None:
             await layers.backing.close()
         raise
-
-
-def _lock(file: ImageFile) -> None:
-    lock_for_writing(file)
-    if not file.device:  # whoever had it open before may have written to it
-        file.size = os.fstat(file.fd).st_size
 
 
 def _start(layers: Layers) -> Start:

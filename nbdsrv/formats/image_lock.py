@@ -1,0 +1,106 @@
+"""The locks by which QEMU's programs keep out of each other's images, and we of theirs.
+
+::
+
+    byte 100 + n   read-locked: I use permission n of the image
+    byte 200 + n   read-locked: nobody else may use permission n
+
+    n = 0 consistent read   1 write   2 write unchanged   3 resize
+
+Locks belong to the open file (F_OFD_SETLK) and vanish with it. All are read locks, so everybody may
+take them; whether there is a conflict is asked afterwards (F_OFD_GETLK).
+
+Who writes into an image takes them; who only reads it takes none, and does not ask.
+"""
+
+import errno as os_errno
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+from nbdsrv.errors import DiskError
+from nbdsrv.formats.image_file import ImageFile
+
+__all__ = ["lock_for_writing"]
+
+USED = 100
+UNSHARED = 200
+READ, WRITE, RESIZE = 0, 1, 3
+_FLOCK = struct.Struct("hhqqi4x")
+_NO_LOCKS = {os_errno.EINVAL, os_errno.ENOLCK, os_errno.ENOSYS, os_errno.EOPNOTSUPP}
+"""What file systems answer that know no such locks; QEMU does without as well."""
+
+_ours: WeakKeyDictionary[ImageFile, tuple[int, int]] = WeakKeyDictionary()
+"""Files that are locked and that others of this process may write beside, and which they are. The
+kernel does not tell its locks on one open file of ours from those of another program."""
+_turn = threading.Lock()
+
+
+def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
+    """Take the locks of a program that writes the image, until ``file`` is closed. Blocking.
+
+    Brings ``file.size`` up to date, for whoever had it open before may have made it longer.
+
+    Args:
+        file: open for writing.
+        beside_ours: may this process write it by several files at once? All of them must say so.
+
+    Raises:
+        DiskError: EBUSY, somebody else writes it, or reads it and must not be disturbed.
+    """
+    try:
+        info = os.fstat(file.fd)
+        identity = (info.st_dev, info.st_ino)
+        with _turn:
+            taken = not _take(file.fd) and not (beside_ours and _is_ours(identity))
+            if beside_ours and not taken:
+                _ours[file] = identity
+        if not file.device:
+            file.size = os.fstat(file.fd).st_size
+    except OSError as error:
+        raise DiskError.from_os(f"locking {file.path}", error) from error
+    if taken:
+        text = f"{file.path}: another program has it open (a running virtual machine?)"
+        raise DiskError(f"{text}; only one may write it", os_errno.EBUSY)
+
+
+def _is_ours(identity: tuple[int, int]) -> bool:
+    """Is it locked by a file of ours?
+
+    Where it was when our locks were taken nobody else has come in, neither before that nor since.
+    """
+    return any(file.fd >= 0 and each == identity for file, each in _ours.items())
+
+
+def _take(fd: int) -> bool:
+    """Take all locks; False if somebody else has one that speaks against it."""
+    try:
+        _lock(fd, [USED + READ, USED + WRITE, USED + RESIZE])
+        _lock(fd, [UNSHARED + WRITE, UNSHARED + RESIZE])
+        taken = _taken(fd, [UNSHARED + READ, UNSHARED + WRITE, UNSHARED + RESIZE])
+        return not taken and not _taken(fd, [USED + WRITE, USED + RESIZE])
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        if error.errno not in {os_errno.EAGAIN, os_errno.EACCES}:
+            raise
+        return False
+
+
+def _lock(fd: int, positions: Iterable[int]) -> None:
+    for position in positions:
+        wanted = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+
+
+def _taken(fd: int, positions: Iterable[int]) -> bool:
+    """Has somebody else locked one of them?"""
+    for position in positions:
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, position, 1, 0)
+        found = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted))
+        if found[0] != fcntl.F_UNLCK:
+            return True
+    return False
