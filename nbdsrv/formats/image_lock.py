@@ -10,7 +10,8 @@
 Locks belong to the open file (F_OFD_SETLK) and vanish with it. All are read locks, so everybody may
 take them; whether there is a conflict is asked afterwards (F_OFD_GETLK).
 
-Who writes into an image takes them; who only reads it takes none, and does not ask.
+Who writes into an image takes them. Who puts another file in its place only asks, and who only
+reads it does not even ask.
 """
 
 import errno as os_errno
@@ -24,12 +25,13 @@ from weakref import WeakKeyDictionary
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
 
-__all__ = ["lock_for_writing"]
+__all__ = ["check_replaceable", "lock_for_writing"]
 
 USED = 100
 UNSHARED = 200
 READ, WRITE, RESIZE = 0, 1, 3
 _FLOCK = struct.Struct("hhqqi4x")
+_AGAINST = (UNSHARED + READ, UNSHARED + WRITE, UNSHARED + RESIZE, USED + WRITE, USED + RESIZE)
 _NO_LOCKS = {os_errno.EINVAL, os_errno.ENOLCK, os_errno.ENOSYS, os_errno.EOPNOTSUPP}
 """What file systems answer that know no such locks; QEMU does without as well."""
 
@@ -67,6 +69,33 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
         raise DiskError(f"{text}; only one may write it", os_errno.EBUSY)
 
 
+def check_replaceable(path: str) -> None:
+    """May a new file take the place of the image ``path``? Takes no locks. Blocking.
+
+    Whoever has the old one open goes on with it: what it writes is gone once it is closed, and what
+    it has relied on is another the next time.
+
+    Raises:
+        DiskError: EBUSY, somebody writes it, or reads it and must not be disturbed.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:  # it is gone, or not for us to read: it cannot be found out
+        return
+    try:
+        taken = _is_taken(fd)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise DiskError.from_os(f"asking for locks on {path}", error) from error
+        return
+    finally:
+        os.close(fd)
+    if taken:
+        text = f"{path}: another program has it open (a running virtual machine?)"
+        hint = "and would go on with the old file; end it first, or write a file of another name"
+        raise DiskError(f"{text} {hint}", os_errno.EBUSY)
+
+
 def _is_ours(identity: tuple[int, int]) -> bool:
     """Is it locked by a file of ours?
 
@@ -80,8 +109,7 @@ def _take(fd: int) -> bool:
     try:
         _lock(fd, [USED + READ, USED + WRITE, USED + RESIZE])
         _lock(fd, [UNSHARED + WRITE, UNSHARED + RESIZE])
-        taken = _taken(fd, [UNSHARED + READ, UNSHARED + WRITE, UNSHARED + RESIZE])
-        return not taken and not _taken(fd, [USED + WRITE, USED + RESIZE])
+        return not _is_taken(fd)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return True
@@ -96,9 +124,9 @@ def _lock(fd: int, positions: Iterable[int]) -> None:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
 
 
-def _taken(fd: int, positions: Iterable[int]) -> bool:
-    """Has somebody else locked one of them?"""
-    for position in positions:
+def _is_taken(fd: int) -> bool:
+    """Has somebody else a lock that speaks against our writing?"""
+    for position in _AGAINST:
         wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, position, 1, 0)
         found = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted))
         if found[0] != fcntl.F_UNLCK:

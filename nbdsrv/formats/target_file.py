@@ -9,6 +9,8 @@
 Rules:
 
 * Until ``publish`` nothing exists under the name; what was there before stays there and whole.
+* A file that a running virtual machine has open is not replaced: it would go on writing to a file
+  that has no name any more.
 * ``publish`` is durable: the file is synced before it is renamed, its directory after.
 * Everything here blocks and is for threads, one at a time; ``store`` for any number of them.
 """
@@ -22,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdsrv.errors import DiskError
+from nbdsrv.formats.image_lock import check_replaceable
 from nbdsrv.formats.writeback import Writeback
 
 __all__ = ["STANDARD_OUTPUT", "TargetFile"]
@@ -94,6 +97,7 @@ class TargetFile:
             raise DiskError(f"{self.path}: exists and is not a regular file")
         if not self._replace:
             raise DiskError(f"{self.path}: exists already; --force replaces it")
+        check_replaceable(self.path)
 
     def store(self, position: int, data: memoryview | bytes) -> None:
         """Write all of ``data`` at ``position``. Any number of threads at a time."""
@@ -171,6 +175,8 @@ class TargetFile:
             else:
                 os.unlink(self._temporary)
                 return
+        else:
+            self.check()  # a virtual machine may have been started meanwhile
         os.rename(self._temporary, self.path)
 
     def discard(self) -> None:

@@ -7,8 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,11 @@ from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import open_image_file
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.raw import open_raw, raw_disk
+from nbdsrv.formats.target_file import TargetFile
 from tests.formats.places import loop_device
 
 MIB = 1 << 20
+Holder = Callable[[Path], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -47,6 +49,16 @@ def held_by_qemu(path: Path | str) -> Iterator[None]:
         yield
         qemu.stdin.close()
         qemu.wait(20)
+
+
+@contextmanager
+def relied_on(path: Path) -> Iterator[None]:
+    """It has the locks of the backing file of a running machine, which QEMU only reads."""
+    with path.open("rb") as file:
+        for position in 100, 201, 203:
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+        yield
 
 
 def qemu_writes(path: Path | str) -> bool:
@@ -82,11 +94,7 @@ async def test_we_keep_out_of_a_raw_image_qemu_writes(image: Path, workers: Work
 
 
 async def test_and_of_one_whose_content_a_guest_relies_on(image: Path, workers: Workers) -> None:
-    """As QEMU locks the backing file of a running machine, which it only reads."""
-    with image.open("rb") as file:
-        for position in 100, 201, 203:
-            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+    with relied_on(image):
         await refused(image, workers)
     await (await opened(image, workers)).close()
 
@@ -126,3 +134,31 @@ async def test_what_was_added_before_it_was_ours_counts(image: Path, workers: Wo
     disk = await raw_disk(file, Opening(workers, writable=True))
     assert disk.size == 2 * MIB
     await disk.close()
+
+
+@pytest.mark.parametrize("holder", [held_by_qemu, relied_on])
+def test_a_file_is_not_replaced_while_somebody_goes_on_with_the_old_one(
+    image: Path, holder: Holder
+) -> None:
+    late = TargetFile(str(image), replace=True)
+    late.open()
+    with holder(image):
+        target = TargetFile(str(image), replace=True)
+        for refused in (target.check, target.open, late.publish):
+            with pytest.raises(DiskError, match="would go on with the old file") as raised:
+                refused()
+            assert raised.value.errno == errno.EBUSY
+    late.discard()
+    assert os.listdir(image.parent) == [image.name]
+    assert image.stat().st_size == MIB
+    target.open()
+    target.publish()
+    assert image.stat().st_size == 0
+
+
+def test_but_while_somebody_just_reads_it(image: Path) -> None:
+    with image.open("rb") as file:
+        target = TargetFile(str(image), replace=True)
+        target.open()
+        target.publish()
+        assert file.read() == bytes(MIB)
