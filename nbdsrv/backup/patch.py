@@ -72,6 +72,7 @@ class Patch:
         Raises:
             DiskError: the source cannot be read or the target be written.
         """
+        await self._writer.open(self._source.size)
         changed = await changed_ranges(self._source, self._context, self._writer.granularity)
         data = await data_within(self._source, changed)
         self.outcome.data = data.bytes

@@ -88,7 +88,7 @@ class Copy:
 
         Args:
             source: stays open.
-            writer: not begun yet.
+            writer: not open yet.
             workers: threads for reading.
             base: what the target has where nothing is written; only for a writer that is fresh.
             advance: called with (bytes done, bytes to do), often; counts data only.
@@ -121,6 +121,7 @@ class Copy:
             DiskError: the source cannot be read (it names the offset) or the target be written.
         """
         try:
+            await self._writer.open(self._source.size)
             data = await survey(self._source, self._unit)
             self.outcome.data = data.bytes
             self.outcome.zero = data.size - data.bytes

@@ -34,16 +34,19 @@ class DiskWriter(ImageWriter):
         """The disk's."""
         return self._disk.depth
 
-    async def begin(self, plan: Plan) -> None:
-        """Refuses a disk that is too small or read-only, before anything is written."""
+    async def open(self, size: int) -> None:
+        """Refuses a disk that is too small or read-only."""
         disk = self._disk
         if Ability.WRITE not in disk.abilities:
             raise DiskError(f"{disk.name} is read-only", os_errno.EROFS)
-        if disk.size < plan.size:
+        if disk.size < size:
             raise DiskError(
-                f"{disk.name} has {disk.size} bytes, fewer than the source's {plan.size}",
+                f"{disk.name} has {disk.size} bytes, fewer than the source's {size}",
                 os_errno.ENOSPC,
             )
+
+    async def begin(self, plan: Plan) -> None:
+        """It is there already."""
         self._size = plan.size
 
     async def data(self, offset: int, data: memoryview) -> None:

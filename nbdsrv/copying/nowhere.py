@@ -16,8 +16,11 @@ class NullWriter(ImageWriter):
     ordered = False
     seekable = False  # nobody needs to look for zeroes in what is thrown away
 
+    async def open(self, size: int) -> None:
+        """Any size."""
+
     async def begin(self, plan: Plan) -> None:
-        """Of any size."""
+        """Nothing has to be made."""
 
     async def data(self, offset: int, data: memoryview) -> None:
         """Forgotten."""

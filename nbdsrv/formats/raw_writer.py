@@ -27,15 +27,18 @@ class RawWriter(ImageWriter):
         self.ordered = not target.seekable
         self.threaded = target.seekable
 
-    async def begin(self, plan: Plan) -> None:
-        """Nothing is allocated ahead of the data."""
-        self._size = plan.size
+    async def open(self, size: int) -> None:
+        """A file gets its size, and nothing is allocated ahead of the data."""
+        self._size = size
         await self._workers.run(self._open)
 
     def _open(self) -> None:
         self._target.open()
         if self.seekable:
             self._target.resize(self._size)
+
+    async def begin(self, plan: Plan) -> None:
+        """There is nothing but data."""
 
     async def data(self, offset: int, data: memoryview) -> None:
         """To its place."""

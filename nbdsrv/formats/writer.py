@@ -2,11 +2,13 @@
 
 ::
 
-    copy ──> begin(plan) ── data(offset, bytes) | zero(offset, length) ... ──> finish()
-                                                                          └──> abort()
+    open(size) ──> begin(plan) ── data(offset, bytes) | zero(offset, length) ... ──> finish()
+                                                                                └──> abort()
 
 Contract between whoever copies and a format's writer:
 
+* ``open`` comes first, before the plan is made: that can take minutes, in which nobody should wait
+  for a refusal.
 * ``data`` and ``zero`` never overlap. Where ``ordered`` they come one at a time in ascending order,
   otherwise in any order and several at once.
 * What is left out is a hole where ``fresh``: zeroes, or what the backing image has there. Elsewhere
@@ -16,7 +18,7 @@ Contract between whoever copies and a format's writer:
 * Before ``finish`` returns the image is complete and durable (fsync); without it there is none: a
   file is written under a temporary name beside its own and renamed by ``finish``
   (``nbdsrv.formats.target_file`` does it). A target that is not ``fresh`` is left as far as it got.
-* ``abort`` may follow a ``begin``, ``data`` or ``finish`` that has failed or was cancelled.
+* ``abort`` may follow whatever has failed or was cancelled, ``open`` included.
 """
 
 from abc import ABC, abstractmethod
@@ -65,8 +67,17 @@ class ImageWriter(ABC):
         return 0
 
     @abstractmethod
+    async def open(self, size: int) -> None:
+        """Open the target for a disk of ``size`` bytes.
+
+        Raises:
+            UnsupportedImage: the format has no such size.
+            DiskError: the target has no room for it, may not be written, cannot be made.
+        """
+
+    @abstractmethod
     async def begin(self, plan: Plan) -> None:
-        """Open the target. Raises DiskError, UnsupportedImage for a size the format cannot have."""
+        """Write what goes ahead of the data. Raises DiskError."""
 
     @abstractmethod
     async def data(self, offset: int, data: memoryview) -> None:

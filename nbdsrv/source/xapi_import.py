@@ -3,6 +3,7 @@
 ::
 
     copy ── data ──> VhdWriter ── a pipe ── PUT /import_raw_vdi?format=vhd ──> VDI
+    open    log in, find the storage
     begin   VDI.create, task.create                 Content-Length: known from the plan
     finish  the footer, the end of the pipe, and what the task says
     abort   VDI.destroy
@@ -72,29 +73,40 @@ class PoolWriter(ImageWriter):
         self._target = _Pipe()
         self._vhd = VhdWriter(workers, self._target)
         self._stack = contextlib.AsyncExitStack()
+        self._sr = ""
         self._vdi = ""
         self._task = ""
         self._put: asyncio.Task[None] | None = None
+
+    async def open(self, size: int) -> None:
+        """Log in and look for the SR.
+
+        Raises:
+            SourceError: there is no such SR.
+        """
+        await self._vhd.open(size)
+        await self._stack.enter_async_context(self._session)
+        self._sr = await self._find_sr()
 
     async def begin(self, plan: Plan) -> None:
         """Create the VDI and begin to send.
 
         Raises:
-            SourceError: there is no such SR, or XAPI refuses.
+            SourceError: XAPI refuses.
         """
-        session = await self._stack.enter_async_context(self._session)
-        self._vdi = await session.task("VDI.create", await self._record(plan.size))
+        session = self._session
+        self._vdi = await session.task("VDI.create", self._record(plan.size))
         self._task = str(await session.call("task.create", "nbdsrv import", ""))
         length = await self._workers.run(stream_length, plan)
         read_end = self._target.make()
         self._put = asyncio.get_running_loop().create_task(self._send(read_end, length))
         await self._piped(self._vhd.begin(plan))
 
-    async def _record(self, size: int) -> dict[str, object]:
+    def _record(self, size: int) -> dict[str, object]:
         return {
             "name_label": self._place.disk or DEFAULT_NAME,
             "name_description": "restored by nbdsrv",
-            "SR": await self._sr(),
+            "SR": self._sr,
             "virtual_size": -(-size // SECTOR) * SECTOR,
             "type": "user",
             "sharable": False,
@@ -105,7 +117,7 @@ class PoolWriter(ImageWriter):
             "tags": [],
         }
 
-    async def _sr(self) -> str:
+    async def _find_sr(self) -> str:
         name, session = self._place.vm, self._session
         try:
             return str(await session.call("SR.get_by_uuid", name))

@@ -16,7 +16,7 @@ class Notebook(ImageWriter):
         zero_calls: likewise.
         most: calls that were under way together.
         planned: the ranges of the plan.
-        fate: "begun", "finished" or "aborted"; "" before.
+        fate: "open", "begun", "finished" or "aborted"; "" before.
         fault: raised by ``data`` when it has been called this often, or None.
     """
 
@@ -44,10 +44,15 @@ class Notebook(ImageWriter):
         self._end = 0
         self._size = 0
 
-    async def begin(self, plan: Plan) -> None:
+    async def open(self, size: int) -> None:
         assert self.fate == ""
+        self.fate = "open"
+        self._size = size
+
+    async def begin(self, plan: Plan) -> None:
+        assert self.fate == "open"
+        assert self._size == plan.size
         self.fate = "begun"
-        self._size = plan.size
         self.planned = list(plan.data())
         assert self.planned == list(plan.data())
         self.image += bytes(max(0, plan.size - len(self.image)))

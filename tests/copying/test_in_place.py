@@ -79,6 +79,7 @@ async def test_data_and_zeroes_arrive_and_are_flushed(disk: Open) -> None:
     target = disk()
     writer = DiskWriter(target)
     assert (writer.fresh, writer.ordered, writer.granularity) == (False, False, 512)
+    await writer.open(SIZE)
     await writer.begin(plan(SIZE))
     await writer.data(1024, memoryview(b"x" * 512))
     await writer.zero(4096, 8192)
@@ -95,6 +96,7 @@ async def test_data_and_zeroes_arrive_and_are_flushed(disk: Open) -> None:
 async def test_where_zeroing_is_not_fast_it_is_done_all_the_same(disk: Open) -> None:
     target = disk(fast=False)
     writer = DiskWriter(target)
+    await writer.open(SIZE)
     await writer.begin(plan(SIZE))
     await writer.zero(0, 4096)
     await writer.zero(8192, 4096)
@@ -110,6 +112,7 @@ async def test_a_source_that_ends_within_a_block_fills_it_with_zeroes(
     for work in ("data", "zero"):
         target = disk(block=4096)
         writer = DiskWriter(target)
+        await writer.open(size)
         await writer.begin(plan(size))
         if work == "data":
             await writer.data(4096, memoryview(b"x" * (size - 4096)))
@@ -125,6 +128,7 @@ async def test_a_source_that_ends_within_a_block_fills_it_with_zeroes(
 async def test_the_end_of_both_needs_no_filling(disk: Open) -> None:
     target = disk(size=4096 + 100, block=4096)
     writer = DiskWriter(target)
+    await writer.open(4196)
     await writer.begin(plan(4196))
     await writer.data(4096, memoryview(b"x" * 100))
     await writer.zero(0, 4096)
@@ -135,7 +139,7 @@ async def test_the_end_of_both_needs_no_filling(disk: Open) -> None:
 async def test_too_small_a_disk_is_refused(disk: Open) -> None:
     target = disk()
     with pytest.raises(DiskError, match="fewer than the source's") as caught:
-        await DiskWriter(target).begin(plan(SIZE + 1))
+        await DiskWriter(target).open(SIZE + 1)
     assert caught.value.errno == errno.ENOSPC
     await target.close()
 
@@ -144,7 +148,7 @@ async def test_a_read_only_disk_is_refused(disk: Open) -> None:
     target = disk()
     target.abilities &= ~Ability.WRITE
     with pytest.raises(DiskError, match="read-only") as caught:
-        await DiskWriter(target).begin(plan(SIZE))
+        await DiskWriter(target).open(SIZE)
     assert caught.value.errno == errno.EROFS
     await target.close()
 
@@ -152,6 +156,7 @@ async def test_a_read_only_disk_is_refused(disk: Open) -> None:
 async def test_an_error_other_than_not_fast_is_an_error(disk: Open) -> None:
     target = disk(block=4096)
     writer = DiskWriter(target)
+    await writer.open(SIZE)
     await writer.begin(plan(SIZE))
     with pytest.raises(DiskError, match="not whole blocks"):
         await writer.zero(512, 512)

@@ -21,6 +21,7 @@ for _offset, _length in PARTS:
 
 
 async def written(writer: RawWriter) -> None:
+    await writer.open(SIZE)
     await writer.begin(Plan(SIZE, lambda: iter(PARTS)))
     parts = PARTS if writer.ordered else PARTS[::-1]
     for offset, length in parts:
@@ -60,6 +61,7 @@ async def test_a_pipe_gets_the_holes_too(workers: Workers, monkeypatch: pytest.M
 
 async def test_an_aborted_image_is_not_there(tmp_path: Path, workers: Workers) -> None:
     writer = RawWriter(workers, TargetFile(str(tmp_path / "disk.img")))
+    await writer.open(SIZE)
     await writer.begin(Plan(SIZE, lambda: iter(PARTS)))
     await writer.data(0, memoryview(b"abc"))
     await writer.abort()

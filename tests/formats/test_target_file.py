@@ -1,6 +1,7 @@
 """A file that is being made: there as a whole, or not at all."""
 
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -129,6 +130,20 @@ def test_room_at_the_end_is_a_hole(tmp_path: Path) -> None:
     target.publish()
     info = path.stat()
     assert (info.st_size, info.st_blocks) == (1 << 40, 0)
+
+
+def test_a_file_can_be_too_large(tmp_path: Path) -> None:
+    target = TargetFile(str(tmp_path / "disk.img"))
+    target.open()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 40, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"disk\.img: 1099511627777 bytes: File too large"):
+            target.resize((1 << 40) + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    target.discard()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_said_so() -> None:

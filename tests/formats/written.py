@@ -70,6 +70,7 @@ async def write(writer: ImageWriter, image: Image) -> bytes:
         }
     )
     ranges = [(number * unit, min(unit, image.size - number * unit)) for number in granules]
+    await writer.open(image.size)
     await writer.begin(Plan(image.size, lambda: iter(ranges)))
     pieces = _pieces(ranges)
     if not writer.ordered:

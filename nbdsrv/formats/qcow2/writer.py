@@ -62,9 +62,13 @@ class Qcow2Writer(ImageWriter):
             self.ordered = True
             self._image = _Pipe(workers, target, self._shape)
 
-    async def begin(self, plan: Plan) -> None:
-        """Open the target; into a pipe write all tables."""
+    async def open(self, size: int) -> None:
+        """What the tables have room for."""
+        self._shape.l1_size(rounded(size), self._target.path)
         await self._workers.run(self._target.open)
+
+    async def begin(self, plan: Plan) -> None:
+        """Into a pipe all tables."""
         await self._image.begin(plan)
 
     async def data(self, offset: int, data: memoryview) -> None:

@@ -65,14 +65,18 @@ class VhdWriter(ImageWriter):
         self._footer = b""
         self.seekable = target.seekable
 
-    async def begin(self, plan: Plan) -> None:
-        """Refuses what is too large, then makes the file."""
-        size = -(-plan.size // SECTOR) * SECTOR
+    async def open(self, size: int) -> None:
+        """The format has an end."""
         if size > MAX_SECTORS * SECTOR:
             raise UnsupportedImage(
                 f"{self._target.path}: a VHD has at most 2040 GiB, this disk has"
-                f" {plan.size / (1 << 30):.0f}; write another format, for instance qcow2"
+                f" {size / (1 << 30):.0f}; write another format, for instance qcow2"
             )
+        await self._workers.run(self._target.open)
+
+    async def begin(self, plan: Plan) -> None:
+        """Into a pipe all tables."""
+        size = -(-plan.size // SECTOR) * SECTOR
         entries = entries_of(size)
         self._size = size
         self._bat = array("I", [ABSENT]) * entries
@@ -80,13 +84,12 @@ class VhdWriter(ImageWriter):
         self._footer = build_footer(
             size, uuid.uuid4(), time.time(), _CREATOR_VERSION, DiskType.DYNAMIC
         )
-        await self._workers.run(self._open, None if self.seekable else plan)
-
-    def _open(self, plan: Plan | None) -> None:
-        self._target.open()
-        if plan is None:
+        if self.seekable:
             self._target.position = self._blocks_at
-            return
+        else:
+            await self._workers.run(self._promise, plan)
+
+    def _promise(self, plan: Plan) -> None:
         at = self._blocks_at
         for offset, length in plan.data():
             for number in range(offset // BLOCK, -(-(offset + length) // BLOCK)):

@@ -79,21 +79,24 @@ class VmdkWriter(ImageWriter):
         self._table_number = -1
         self.seekable = target.seekable
 
-    async def begin(self, plan: Plan) -> None:
-        """Header and descriptor, which need to know nothing but the size."""
-        if plan.size > MAX_SIZE:
+    async def open(self, size: int) -> None:
+        """The format has an end, and a beginning."""
+        if size > MAX_SIZE:
             raise UnsupportedImage(
                 f"{self._target.path}: a streamOptimized VMDK has at most 2 TiB, this disk has"
-                f" {plan.size / (1 << 30):.0f} GiB; write another format, for instance qcow2"
+                f" {size / (1 << 30):.0f} GiB; write another format, for instance qcow2"
             )
-        if not plan.size:
+        if not size:
             raise UnsupportedImage(f"{self._target.path}: a VMDK has at least one sector, not none")
+        await self._workers.run(self._target.open)
+
+    async def begin(self, plan: Plan) -> None:
+        """Header and descriptor, which need to know nothing but the size."""
         self._capacity = -(-plan.size // SECTOR)
         self._directory = array("I", bytes(4 * -(-plan.size // _TABLE_SPAN)))
-        await self._workers.run(self._open)
+        await self._workers.run(self._write_head)
 
-    def _open(self) -> None:
-        self._target.open()
+    def _write_head(self) -> None:
         name = os.path.basename(self._target.path) if self.seekable else "disk.vmdk"
         text = _descriptor(self._capacity, name)
         head = self._header(GD_AT_END) + text.ljust(_DESCRIPTOR_SECTORS * SECTOR, b"\0")

@@ -74,6 +74,7 @@ async def write(
     """The way ``copy`` does it: pieces in any order and at once, unless they must be ordered."""
     step = max(writer.granularity, 65536)
     planned = ranges_of(golden, step)
+    await writer.open(len(golden))
     await writer.begin(Plan(len(golden), lambda: iter(planned)))
     chance = random.Random(seed)
     pieces = []
@@ -143,6 +144,7 @@ async def test_zeroes_are_left_out(tmp_path: Path, workers: Workers) -> None:
     golden = bytes(4 * MIB) + b"x" + bytes(4 * MIB - 1)
     path = tmp_path / "disk.qcow2"
     writer = Qcow2Writer(workers, TargetFile(str(path)))
+    await writer.open(len(golden))
     await writer.begin(Plan(len(golden), lambda: iter([(0, len(golden))])))
     await writer.data(0, memoryview(golden))
     await writer.zero(0, 4 * MIB)
@@ -186,6 +188,7 @@ async def test_sixteen_tebibytes(tmp_path: Path, workers: Workers) -> None:
     path = tmp_path / "disk.qcow2"
     writer = Qcow2Writer(workers, TargetFile(str(path)))
     size = 16 << 40
+    await writer.open(size)
     await writer.begin(Plan(size, lambda: iter(())))
     await writer.data(size - 65536, memoryview(b"x" * 65536))
     await writer.finish()
@@ -238,6 +241,7 @@ async def test_pipe_where_planned_data_does_not_come(
             path.write_bytes(source.read())
 
     draining = asyncio.create_task(workers.look_up(drain))
+    await writer.open(22 * 65536)
     await writer.begin(Plan(22 * 65536, lambda: iter(planned)))
     await writer.data(65536, memoryview(b"a" * 65536))
     await writer.data(20 * 65536, memoryview(b"b" * 65536))
@@ -282,6 +286,7 @@ async def test_holes_fall_through_and_zeroes_do_not(
     shape = SHAPES[name]
     shape = Shape(shape.cluster_bits, shape.compression, 0, Backing("base.raw", "raw", backing))
     writer = Qcow2Writer(workers, TargetFile(str(path)), shape)
+    await writer.open(size)
     await writer.begin(Plan(size, lambda: iter(())))
     cluster = writer.granularity
     data_at = 800_000 // cluster * cluster or 0
@@ -304,6 +309,7 @@ async def test_format_names_are_qemus(tmp_path: Path, workers: Workers) -> None:
     path = tmp_path / "disk.qcow2"
     shape = Shape(backing=Backing("base.vhd", "vhd", backing))
     writer = Qcow2Writer(workers, TargetFile(str(path)), shape)
+    await writer.open(MIB)
     await writer.begin(Plan(MIB, lambda: iter(())))
     await writer.finish()
     await backing.close()
@@ -325,7 +331,7 @@ async def test_pipe_refuses_a_backing_file(tmp_path: Path, workers: Workers) -> 
 async def test_too_large_for_its_clusters(tmp_path: Path, workers: Workers) -> None:
     writer = Qcow2Writer(workers, TargetFile(str(tmp_path / "a")), Shape(cluster_bits=9))
     with pytest.raises(UnsupportedImage, match="use larger clusters"):
-        await writer.begin(Plan(1 << 50, lambda: iter(())))
+        await writer.open(1 << 50)
     await writer.abort()
     assert not os.listdir(tmp_path)
 
@@ -343,6 +349,7 @@ async def test_a_backing_name_that_does_not_fit(tmp_path: Path, workers: Workers
     backing = await open_raw(str(tmp_path / "base.raw"), workers, writable=False)
     shape = Shape(cluster_bits=9, backing=Backing("x" * 600, "raw", backing))
     writer = Qcow2Writer(workers, TargetFile(str(tmp_path / "disk.qcow2")), shape)
+    await writer.open(MIB)
     await writer.begin(Plan(MIB, lambda: iter(())))
     with pytest.raises(ConfigError, match="too long"):
         await writer.finish()
@@ -357,6 +364,7 @@ async def test_abort_leaves_nothing_and_keeps_what_was_there(
     path = tmp_path / "disk.qcow2"
     path.write_bytes(b"precious")
     writer = Qcow2Writer(workers, TargetFile(str(path), replace=True), SHAPES["zstd"])
+    await writer.open(MIB)
     await writer.begin(Plan(MIB, lambda: iter([(0, MIB)])))
     await writer.data(0, memoryview(mixed(MIB)))
     await writer.abort()
@@ -368,6 +376,7 @@ async def test_abort_leaves_nothing_and_keeps_what_was_there(
 async def test_before_finish_it_is_no_image(tmp_path: Path, workers: Workers) -> None:
     target = TargetFile(str(tmp_path / "disk.qcow2"))
     writer = Qcow2Writer(workers, target)
+    await writer.open(MIB)
     await writer.begin(Plan(MIB, lambda: iter([(0, MIB)])))
     await writer.data(0, memoryview(mixed(MIB)))
     (unfinished,) = tmp_path.iterdir()

@@ -128,6 +128,7 @@ async def test_the_largest_there_is_and_one_sector_more(tmp_path: Path, workers:
     path = tmp_path / "disk.vhd"
     most = 2040 * GIB
     writer = VhdWriter(workers, TargetFile(str(path)))
+    await writer.open(most)
     await writer.begin(Plan(most, lambda: iter([(most - BLOCK, BLOCK)])))
     await writer.data(most - BLOCK, memoryview(b"z" * BLOCK))
     await writer.finish()
@@ -135,13 +136,14 @@ async def test_the_largest_there_is_and_one_sector_more(tmp_path: Path, workers:
     path.unlink()
     writer = VhdWriter(workers, TargetFile(str(path)))
     with pytest.raises(UnsupportedImage, match="at most 2040 GiB"):
-        await writer.begin(Plan(most + 1, lambda: iter([])))
+        await writer.open(most + 1)
     await writer.abort()
     assert os.listdir(tmp_path) == []
 
 
 async def test_an_aborted_image_is_not_there(tmp_path: Path, workers: Workers) -> None:
     writer = VhdWriter(workers, TargetFile(str(tmp_path / "disk.vhd")))
+    await writer.open(10 * MIB)
     await writer.begin(Plan(10 * MIB, lambda: iter([(0, BLOCK)])))
     await writer.data(0, memoryview(bytes(BLOCK)))
     await writer.abort()

@@ -153,6 +153,7 @@ async def test_grains_of_zeroes_within_data_are_left_out(tmp_path: Path, workers
     path = tmp_path / "disk.vmdk"
     writer = VmdkWriter(workers, TargetFile(str(path)))
     content = bytes(4 * GRAIN) + b"x" + bytes(4 * GRAIN - 1)
+    await writer.open(len(content))
     await writer.begin(Plan(len(content), lambda: iter([(0, len(content))])))
     await writer.data(0, memoryview(content))
     await writer.finish()
@@ -164,13 +165,14 @@ async def test_grains_of_zeroes_within_data_are_left_out(tmp_path: Path, workers
 async def test_sizes_that_cannot_be(tmp_path: Path, workers: Workers, size: int) -> None:
     writer = VmdkWriter(workers, TargetFile(str(tmp_path / "disk.vmdk")))
     with pytest.raises(UnsupportedImage):
-        await writer.begin(Plan(size, lambda: iter([])))
+        await writer.open(size)
     await writer.abort()
     assert os.listdir(tmp_path) == []
 
 
 async def test_an_aborted_image_is_not_there(tmp_path: Path, workers: Workers) -> None:
     writer = VmdkWriter(workers, TargetFile(str(tmp_path / "disk.vmdk")))
+    await writer.open(10 * MIB)
     await writer.begin(Plan(10 * MIB, lambda: iter([(0, GRAIN)])))
     await writer.data(0, memoryview(b"x" * GRAIN))
     await writer.abort()
