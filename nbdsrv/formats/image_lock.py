@@ -10,6 +10,9 @@
 Locks belong to the open file (F_OFD_SETLK) and vanish with it. All are read locks, so everybody may
 take them; whether there is a conflict is asked afterwards (F_OFD_GETLK).
 
+A block device may also be claimed inside of the kernel, which knows nothing of these locks: by a
+file system that is mounted, a volume group, a RAID, swap. An open with O_EXCL finds that out.
+
 Who writes into an image takes them. Who puts another file in its place only asks, and who only
 reads it does not even ask.
 """
@@ -57,6 +60,7 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
         info = os.fstat(file.fd)
         identity = (info.st_dev, info.st_ino)
         with _turn:
+            claimed = file.device and _is_claimed(file.fd)
             taken = not _take(file.fd) and not (beside_ours and _is_ours(identity))
             if beside_ours and not taken:
                 _ours[file] = identity
@@ -64,9 +68,11 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
             file.size = os.fstat(file.fd).st_size
     except OSError as error:
         raise DiskError.from_os(f"locking {file.path}", error) from error
-    if taken:
-        text = f"{file.path}: another program has it open (a running virtual machine?)"
-        raise DiskError(f"{text}; only one may write it", os_errno.EBUSY)
+    if claimed or taken:
+        who = "another program has it open (a running virtual machine?)"
+        if claimed:
+            who = "this system uses it (mounted, or part of a volume group or RAID)"
+        raise DiskError(f"{file.path}: {who}; only one may write it", os_errno.EBUSY)
 
 
 def check_replaceable(path: str) -> None:
@@ -102,6 +108,15 @@ def _is_ours(identity: tuple[int, int]) -> bool:
     Where it was when our locks were taken nobody else has come in, neither before that nor since.
     """
     return any(file.fd >= 0 and each == identity for file, each in _ours.items())
+
+
+def _is_claimed(fd: int) -> bool:
+    """Does the kernel itself use this device, or one of its partitions? One call at a time."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == os_errno.EBUSY
+    return False
 
 
 def _take(fd: int) -> bool:

@@ -20,7 +20,7 @@ from nbdsrv.formats.image_file import open_image_file
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.raw import open_raw, raw_disk
 from nbdsrv.formats.target_file import TargetFile
-from tests.formats.places import loop_device
+from tests.formats.places import loop_device, mounted
 
 MIB = 1 << 20
 Holder = Callable[[Path], AbstractContextManager[None]]
@@ -162,3 +162,14 @@ def test_but_while_somebody_just_reads_it(image: Path) -> None:
         target.open()
         target.publish()
         assert file.read() == bytes(MIB)
+
+
+async def test_a_device_that_is_mounted_is_not_written_to(image: Path, workers: Workers) -> None:
+    subprocess.run(["mkfs.ext2", "-q", str(image)], check=True, timeout=20)
+    with loop_device(str(image)) as device:
+        with mounted(image.with_name("mount"), device):
+            with pytest.raises(DiskError, match="this system uses it") as raised:
+                await opened(device, workers)
+            assert raised.value.errno == errno.EBUSY
+            await (await opened(device, workers, writable=False)).close()
+        await (await opened(device, workers)).close()
