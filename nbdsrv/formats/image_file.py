@@ -13,8 +13,10 @@ is bounded by ``read`` against the file's size, and a fault is a CorruptImage th
 """
 
 import errno as os_errno
+import fcntl
 import os
 import stat
+import struct
 
 from nbdsrv.disk.residency import Residency, inline_flags
 from nbdsrv.disk.runs import FileRun
@@ -24,6 +26,7 @@ __all__ = ["MAX_METADATA", "ImageFile", "open_image_file"]
 
 MAX_METADATA = 32 << 20
 """Bytes of metadata read in one go; nothing any format needs at once is larger."""
+_BLKROGET = 0x125E
 
 
 class ImageFile:
@@ -162,6 +165,8 @@ def open_image_file(path: str, *, writable: bool = False) -> ImageFile:
             raise DiskError(f"{path}: is a directory, not a disk image", os_errno.EISDIR)
         if not device and not stat.S_ISREG(info.st_mode):
             raise DiskError(f"{path}: neither a regular file nor a block device", os_errno.EINVAL)
+        if device and writable and _is_read_only(fd):
+            raise DiskError(f"{path}: the device is read-only", os_errno.EROFS)
         size = os.lseek(fd, 0, os.SEEK_END) if device else info.st_size
         return ImageFile(path, fd, size=size, device=device, writable=writable)
     except OSError as error:
@@ -170,3 +175,9 @@ def open_image_file(path: str, *, writable: bool = False) -> ImageFile:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _is_read_only(fd: int) -> bool:
+    """Is it a device that may be opened for writing, and then refuses each write?"""
+    (flag,) = struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+    return bool(flag)

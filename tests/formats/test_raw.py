@@ -18,7 +18,7 @@ from protocol.extents import DATA, HOLE
 from tests.disk.check_disk import extent_map
 from tests.disk.reading import POISON, content
 from tests.formats.images import Image
-from tests.formats.places import mounted, need_root
+from tests.formats.places import loop_device, mounted, need_root
 
 MIB = 1 << 20
 FULL = Image("full", MIB, ((0, MIB),))
@@ -202,6 +202,18 @@ async def test_fifo_does_not_hang(tmp_path: Path, workers: Workers, writable: bo
     os.mkfifo(tmp_path / "fifo")
     error = await refusal(workers, str(tmp_path / "fifo"), writable=writable)
     assert error.errno == errno.EINVAL
+
+
+async def test_a_device_that_is_read_only(tmp_path: Path, workers: Workers) -> None:
+    FULL.make(str(tmp_path / "disk.img"))
+    with loop_device(str(tmp_path / "disk.img")) as device:
+        run("blockdev", "--setro", device)
+        with pytest.raises(DiskError, match="the device is read-only") as raised:
+            await open_raw(device, workers, writable=True)
+        assert raised.value.errno == errno.EROFS
+        await (await open_raw(device, workers, writable=False)).close()
+        run("blockdev", "--setrw", device)
+        await (await open_raw(device, workers, writable=True)).close()
 
 
 async def test_character_device_and_socket(tmp_path: Path, workers: Workers) -> None:
