@@ -74,7 +74,8 @@ class TargetFile:
             short = os.fsdecode(os.fsencode(name)[:200])
             temporary = os.path.join(directory, f".{short}.{secrets.token_hex(4)}.part")
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.fd = os.open(temporary, flags, 0o666)
+            # It may be as secret as what it replaces; who may read it is settled at the end.
+            self.fd = os.open(temporary, flags, 0o600 if os.path.exists(self.path) else 0o666)
         except (OSError, ValueError) as error:
             raise _unusable(self.path, error) from error
         self._temporary = temporary

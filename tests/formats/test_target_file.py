@@ -74,6 +74,7 @@ def test_a_replaced_file_is_the_old_one_until_the_end_and_keeps_its_mode(tmp_pat
     target.open()
     target.append(b"new")
     assert path.read_bytes() == b"old"
+    assert stat.S_IMODE(os.fstat(target.fd).st_mode) == 0o600
     target.publish()
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
