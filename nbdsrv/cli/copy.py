@@ -1,10 +1,8 @@
 """``nbdsrv copy``: a disk into a new image, or onto a disk that is there."""
 
-import contextlib
 import json
 import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +18,7 @@ from nbdsrv.cli.stopping import SIGNALS, stoppable
 from nbdsrv.cli.target_options import target_options
 from nbdsrv.cli.words import human
 from nbdsrv.copying.engine import Copy, Outcome
+from nbdsrv.copying.itself import refuse_itself
 from nbdsrv.copying.progress import progress
 from nbdsrv.copying.target import Place, Target, parse_target
 from nbdsrv.copying.writers import (
@@ -137,7 +136,7 @@ async def _copy(order: Order) -> Outcome:
             opened(order.source, workers, connections=order.connections) as source,
             _base(order, workers) as base,
         ):
-            _refuse_itself(order)
+            refuse_itself(order.source, target)
             async with _writer(order, workers, base) as writer:
                 work = Copy(source, writer, workers, base=base, advance=advance)
                 return await work.run()
@@ -167,33 +166,3 @@ async def _writer(order: Order, workers: Workers, base: Disk | None) -> AsyncIte
     finally:
         if disk is not None:
             await disk.close()
-
-
-def _refuse_itself(order: Order) -> None:
-    """The source, or an image it is made of, must not be the target.
-
-    They are open by now: so the target must not be among the files that this process has open.
-    """
-    target = order.target
-    if target.place is Place.NBD and order.source == target.text:
-        raise ConfigError(f"{target.text}: is SOURCE itself")
-    if target.place not in {Place.FILE, Place.DEVICE}:
-        return
-    try:
-        wanted = os.stat(target.location)
-    except (OSError, ValueError):
-        return
-    if not stat.S_ISREG(wanted.st_mode) and not stat.S_ISBLK(wanted.st_mode):
-        return  # not written to either; the writer says why
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found = os.stat(f"/proc/self/fd/{name}")
-            if int(name) > 2 and _same(found, wanted):
-                raise ConfigError(f"{target.text}: SOURCE is read from it; choose another TARGET")
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    """The same file, or two names of the same device."""
-    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
-        return one.st_rdev == other.st_rdev
-    return os.path.samestat(one, other)

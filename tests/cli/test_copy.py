@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli.program import COMMAND, PATIENCE, environment, nbdsrv, refusal, serving
 from tests.formats.images import Image
+from tests.formats.partition.tables import run, with_table
 from tests.formats.places import loop_device
 from tests.formats.written import qemu_img, qemu_size, same_as
 
@@ -213,6 +214,31 @@ def test_the_source_is_never_its_own_target(tmp_path: Path, source: Path) -> Non
     for target in (source, tmp_path / "same.img", tmp_path / "link.img"):
         assert "SOURCE is read from it" in refusal(2, "copy", source, target, "--force")
     assert source.read_bytes() == golden()
+
+
+def test_nor_by_way_of_a_loop_device(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"\xaa" * MIB)
+    with loop_device(str(path)) as device:
+        for source, target in (device, path), (path, device):
+            assert "SOURCE is read from it" in refusal(2, "copy", source, target, "--force")
+        other = tmp_path / "other.img"
+        done(device, other)
+        done(other, device)
+    assert path.read_bytes() == b"\xaa" * MIB
+
+
+def test_nor_by_way_of_a_partition(tmp_path: Path) -> None:
+    path = with_table(tmp_path / "disk.img", "label: dos\n1M,1M\n2M,1M\n", 4 * MIB)
+    with loop_device(str(path)) as device:
+        run("partx", "--add", device)
+        try:
+            first, second = f"{device}p1", f"{device}p2"
+            assert "SOURCE is read from it" in refusal(2, "copy", first, device)
+            done(first, second)
+            done(f"{device}~p1", second)
+        finally:
+            run("partx", "--delete", device)
 
 
 def test_a_target_that_is_no_disk_is_named_as_such(source: Path) -> None:
