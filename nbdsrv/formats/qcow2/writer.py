@@ -22,7 +22,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
 from nbdsrv.formats.qcow2.structs import COPIED, OFFSET_MASK, ZERO_FLAG
 from nbdsrv.formats.qcow2.writer_packing import Compress, compressor, data_runs
-from nbdsrv.formats.qcow2.writer_shape import Backing, Shape, rounded
+from nbdsrv.formats.qcow2.writer_shape import Backing, Places, Shape, encode_header, rounded
 from nbdsrv.formats.qcow2.writer_stream import Stream
 from nbdsrv.formats.qcow2.writer_tables import Tables
 from nbdsrv.formats.target_file import TargetFile
@@ -63,7 +63,8 @@ class Qcow2Writer(ImageWriter):
             self._image = _Pipe(workers, target, self._shape)
 
     async def open(self, size: int) -> None:
-        """What the tables have room for."""
+        """What the tables have room for, and the header."""
+        encode_header(self._shape, Places(rounded(size), 0, 0, 0, 0))
         self._shape.l1_size(rounded(size), self._target.path)
         await self._workers.run(self._target.open)
 

@@ -349,10 +349,8 @@ async def test_a_backing_name_that_does_not_fit(tmp_path: Path, workers: Workers
     backing = await open_raw(str(tmp_path / "base.raw"), workers, writable=False)
     shape = Shape(cluster_bits=9, backing=Backing("x" * 600, "raw", backing))
     writer = Qcow2Writer(workers, TargetFile(str(tmp_path / "disk.qcow2")), shape)
-    await writer.open(MIB)
-    await writer.begin(Plan(MIB, lambda: iter(())))
     with pytest.raises(ConfigError, match="too long"):
-        await writer.finish()
+        await writer.open(MIB)
     await writer.abort()
     await backing.close()
     assert os.listdir(tmp_path) == ["base.raw"]
