@@ -91,6 +91,8 @@ class TargetFile:
         try:
             mode = os.stat(self.path).st_mode
         except FileNotFoundError:
+            if _among_devices(self.path):
+                raise DiskError(f"{self.path}: no such device", os_errno.ENOENT) from None
             return
         except (OSError, ValueError) as error:
             raise _unusable(self.path, error) from error
@@ -194,6 +196,18 @@ class TargetFile:
     @property
     def _name(self) -> str:
         return self.path if self.seekable else "standard output"
+
+
+def _among_devices(path: str) -> bool:
+    """Would a file of this name lie in /dev, which is memory? It is a device with a typing error.
+
+    What is mounted below (/dev/shm) is not meant.
+    """
+    try:
+        devices, directory = os.stat("/dev").st_dev, os.stat(os.path.dirname(path) or ".").st_dev
+        return directory == devices != os.stat("/").st_dev
+    except (OSError, ValueError):
+        return False
 
 
 def _unusable(path: str, error: OSError | ValueError) -> DiskError:

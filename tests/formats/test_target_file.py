@@ -9,6 +9,7 @@ import pytest
 
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.target_file import TargetFile
+from tests.formats.places import memory, need_root
 
 
 def made(path: Path, content: bytes, *, replace: bool = False) -> None:
@@ -95,6 +96,23 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     for name in ("fifo", "."):
         with pytest.raises(DiskError, match="not a regular file"):
             TargetFile(str(tmp_path / name), replace=True).check()
+
+
+def test_a_device_that_is_not_there_is_not_made_as_a_file() -> None:
+    need_root()
+    if os.stat("/dev").st_dev == os.stat("/").st_dev:
+        pytest.skip("no file system of its own is mounted on /dev")
+    target = TargetFile("/dev/no-such-disk")
+    for refused in (target.check, target.open):
+        with pytest.raises(DiskError, match="/dev/no-such-disk: no such device"):
+            refused()
+    assert not os.path.lexists("/dev/no-such-disk")
+
+
+def test_but_memory_may_be_meant(tmp_path: Path) -> None:
+    with memory(tmp_path) as directory:
+        made(Path(directory) / "disk.img", b"content")
+        assert os.listdir(directory) == ["disk.img"]
 
 
 @pytest.mark.parametrize("name", ["nowhere/disk.img", "disk\0.img", "n" * 300])
