@@ -16,6 +16,7 @@ import pytest
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
+from nbdsrv.formats import image_lock
 from nbdsrv.formats.image_file import open_image_file
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.raw import open_raw, raw_disk
@@ -173,3 +174,14 @@ async def test_a_device_that_is_mounted_is_not_written_to(image: Path, workers: 
             assert raised.value.errno == errno.EBUSY
             await (await opened(device, workers, writable=False)).close()
         await (await opened(device, workers)).close()
+
+
+async def test_where_there_are_no_locks_there_is_nothing_to_ask(
+    image: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> bytes:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(image_lock.fcntl, "fcntl", missing)
+    await (await opened(image, workers)).close()
+    TargetFile(str(image), replace=True).check()
