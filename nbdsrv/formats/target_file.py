@@ -31,6 +31,9 @@ __all__ = ["STANDARD_OUTPUT", "TargetFile"]
 
 STANDARD_OUTPUT = "-"
 """The path that means standard output."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NO_DIRECTORY_SYNC = frozenset({os_errno.EINVAL, os_errno.ENOTSUP})
+"""What FUSE and CIFS may answer, which know no such thing."""
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
@@ -152,7 +155,7 @@ class TargetFile:
                 os.fsync(self.fd)
                 self._rename()
                 self._temporary = ""
-                _sync_directory(os.path.dirname(self.path) or ".")
+                self._sync_name()
             elif stat.S_ISREG(os.fstat(self.fd).st_mode):
                 os.fsync(self.fd)
             os.close(self.fd)
@@ -181,6 +184,21 @@ class TargetFile:
         else:
             self.check()  # a virtual machine may have been started meanwhile
         os.rename(self._temporary, self.path)
+
+    def _sync_name(self) -> None:
+        """The name as well; whatever comes of it, the image is there."""
+        try:
+            directory = os.open(os.path.dirname(self.path) or ".", _DIRECTORY)
+        except PermissionError:  # one may make files there, but not list them
+            os.fsync(self.fd)  # Linux's file systems have the new name in the same journal
+            return
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY_SYNC:
+                raise
+        finally:
+            os.close(directory)
 
     def discard(self) -> None:
         """Leave nothing behind. Idempotent; after ``publish`` it does nothing."""
@@ -223,11 +241,3 @@ def _behind(parts: list[memoryview | bytes], count: int) -> list[memoryview | by
             return [memoryview(part)[count:], *parts[index + 1 :]]
         count -= len(part)
     return []
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

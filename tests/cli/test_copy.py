@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.program import COMMAND, PATIENCE, environment, nbdsrv, refusal, serving
+from tests.cli.program import COMMAND, PATIENCE, environment, hidden_from, nbdsrv, refusal, serving
 from tests.formats.images import Image
 from tests.formats.partition.tables import run, with_table
 from tests.formats.places import loop_device
@@ -206,6 +206,15 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path, source: Path
     assert target.read_bytes() == b"precious"
     done(source, target, "--force")
     assert target.read_bytes() == golden()
+
+
+def test_a_directory_that_one_may_not_list(tmp_path: Path, source: Path) -> None:
+    prefix = hidden_from()
+    drop = tmp_path / "drop"
+    drop.mkdir(mode=0o300)
+    outcome = nbdsrv("copy", source, drop / "disk.img", prefix=prefix)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert (drop / "disk.img").read_bytes() == golden()
 
 
 def test_the_source_is_never_its_own_target(tmp_path: Path, source: Path) -> None:
