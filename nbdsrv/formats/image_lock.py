@@ -10,19 +10,22 @@
 Locks belong to the open file (F_OFD_SETLK) and vanish with it. All are read locks, so everybody may
 take them; whether there is a conflict is asked afterwards (F_OFD_GETLK).
 
-A block device may also be claimed inside of the kernel, which knows nothing of these locks: by a
-file system that is mounted, a volume group, a RAID, swap. An open with O_EXCL finds that out.
+The kernel knows nothing of these locks. It may use a block device itself: a file system that is
+mounted, a volume group, a RAID, swap. An open with O_EXCL finds that out. Or it has a loop device
+on a file, which /sys tells of.
 
 Who writes into an image takes them. Who puts another file in its place only asks, and who only
 reads it does not even ask.
 """
 
+import contextlib
 import errno as os_errno
 import fcntl
 import os
 import struct
 import threading
 from collections.abc import Iterable
+from glob import glob
 from weakref import WeakKeyDictionary
 
 from nbdsrv.errors import DiskError
@@ -60,18 +63,16 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
         info = os.fstat(file.fd)
         identity = (info.st_dev, info.st_ino)
         with _turn:
-            claimed = file.device and _is_claimed(file.fd)
+            who = _kernel_at(file, info)
             taken = not _take(file.fd) and not (beside_ours and _is_ours(identity))
-            if beside_ours and not taken:
+            if beside_ours and not taken and not who:
                 _ours[file] = identity
         if not file.device:
             file.size = os.fstat(file.fd).st_size
     except OSError as error:
         raise DiskError.from_os(f"locking {file.path}", error) from error
-    if claimed or taken:
-        who = "another program has it open (a running virtual machine?)"
-        if claimed:
-            who = "this system uses it (mounted, or part of a volume group or RAID)"
+    if taken or who:
+        who = who or "another program has it open (a running virtual machine?)"
         raise DiskError(f"{file.path}: {who}; only one may write it", os_errno.EBUSY)
 
 
@@ -89,17 +90,18 @@ def check_replaceable(path: str) -> None:
     except OSError:  # it is gone, or not for us to read: it cannot be found out
         return
     try:
-        taken = _is_taken(fd)
+        who = _loop_on(path, os.fstat(fd))
+        if not who and _is_taken(fd):
+            who = "another program has it open (a running virtual machine?)"
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise DiskError.from_os(f"asking for locks on {path}", error) from error
         return
     finally:
         os.close(fd)
-    if taken:
-        text = f"{path}: another program has it open (a running virtual machine?)"
+    if who:
         hint = "and would go on with the old file; end it first, or write a file of another name"
-        raise DiskError(f"{text} {hint}", os_errno.EBUSY)
+        raise DiskError(f"{path}: {who} {hint}", os_errno.EBUSY)
 
 
 def _is_ours(identity: tuple[int, int]) -> bool:
@@ -110,13 +112,33 @@ def _is_ours(identity: tuple[int, int]) -> bool:
     return any(file.fd >= 0 and each == identity for file, each in _ours.items())
 
 
-def _is_claimed(fd: int) -> bool:
-    """Does the kernel itself use this device, or one of its partitions? One call at a time."""
+def _kernel_at(file: ImageFile, info: os.stat_result) -> str:
+    """How the kernel itself uses this file, this device or one of its partitions, or "".
+
+    One call at a time: two would take each other for the kernel.
+    """
+    if not file.device:
+        return _loop_on(file.path, info)
     try:
-        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno == os_errno.EBUSY
-    return False
+        if error.errno == os_errno.EBUSY:
+            return "this system uses it (mounted, or part of a volume group or RAID)"
+    return ""
+
+
+def _loop_on(path: str, info: os.stat_result) -> str:
+    """The loop device that lies on this file and may write to it, in words, or ""."""
+    wanted = os.fsencode(os.path.basename(os.path.realpath(path)))
+    for place in glob("/sys/block/loop*/loop/backing_file"):
+        device = os.path.dirname(os.path.dirname(place))
+        with contextlib.suppress(OSError), open(place, "rb") as name, open(f"{device}/ro") as ro:
+            found = name.read().removesuffix(b"\n")
+            if os.path.basename(found) != wanted:  # its file system may hang: leave it alone
+                continue
+            if os.path.samestat(os.stat(found), info) and ro.read().strip() == "0":
+                return f"/dev/{os.path.basename(device)} lies on it"
+    return ""
 
 
 def _take(fd: int) -> bool:

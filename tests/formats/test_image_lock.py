@@ -185,3 +185,13 @@ async def test_where_there_are_no_locks_there_is_nothing_to_ask(
     monkeypatch.setattr(image_lock.fcntl, "fcntl", missing)
     await (await opened(image, workers)).close()
     TargetFile(str(image), replace=True).check()
+
+
+async def test_a_loop_device_lies_on_the_file(image: Path, workers: Workers) -> None:
+    with loop_device(str(image)):
+        with pytest.raises(DiskError, match=r"/dev/loop[0-9]+ lies on it; only one may write it"):
+            await opened(image, workers)
+        with pytest.raises(DiskError, match="lies on it and would go on with the old file"):
+            TargetFile(str(image), replace=True).check()
+        await (await opened(image, workers, writable=False)).close()
+    await (await opened(image, workers)).close()
