@@ -22,6 +22,7 @@ import contextlib
 import errno as os_errno
 import fcntl
 import os
+import stat
 import struct
 import threading
 from collections.abc import Iterable
@@ -31,13 +32,14 @@ from weakref import WeakKeyDictionary
 from nbdsrv.errors import DiskError
 from nbdsrv.formats.image_file import ImageFile
 
-__all__ = ["check_replaceable", "lock_for_writing"]
+__all__ = ["check_free", "check_replaceable", "lock_for_writing"]
 
 USED = 100
 UNSHARED = 200
 READ, WRITE, RESIZE = 0, 1, 3
 _FLOCK = struct.Struct("hhqqi4x")
 _AGAINST = (UNSHARED + READ, UNSHARED + WRITE, UNSHARED + RESIZE, USED + WRITE, USED + RESIZE)
+_ANOTHER = "another program has it open (a running virtual machine?)"
 _NO_LOCKS = {os_errno.EINVAL, os_errno.ENOLCK, os_errno.ENOSYS, os_errno.EOPNOTSUPP}
 """What file systems answer that know no such locks; QEMU does without as well."""
 
@@ -63,7 +65,7 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
         info = os.fstat(file.fd)
         identity = (info.st_dev, info.st_ino)
         with _turn:
-            who = _kernel_at(file, info)
+            who = _kernel_at(file.fd, file.path, info)
             taken = not _take(file.fd) and not (beside_ours and _is_ours(identity))
             if beside_ours and not taken and not who:
                 _ours[file] = identity
@@ -72,8 +74,7 @@ def lock_for_writing(file: ImageFile, *, beside_ours: bool = False) -> None:
     except OSError as error:
         raise DiskError.from_os(f"locking {file.path}", error) from error
     if taken or who:
-        who = who or "another program has it open (a running virtual machine?)"
-        raise DiskError(f"{file.path}: {who}; only one may write it", os_errno.EBUSY)
+        raise _in_use(file.path, who or _ANOTHER)
 
 
 def check_replaceable(path: str) -> None:
@@ -85,23 +86,42 @@ def check_replaceable(path: str) -> None:
     Raises:
         DiskError: EBUSY, somebody writes it, or reads it and must not be disturbed.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # it is gone, or not for us to read: it cannot be found out
-        return
-    try:
-        who = _loop_on(path, os.fstat(fd))
-        if not who and _is_taken(fd):
-            who = "another program has it open (a running virtual machine?)"
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise DiskError.from_os(f"asking for locks on {path}", error) from error
-        return
-    finally:
-        os.close(fd)
+    who = _who_has(path)
     if who:
         hint = "and would go on with the old file; end it first, or write a file of another name"
         raise DiskError(f"{path}: {who} {hint}", os_errno.EBUSY)
+
+
+def check_free(path: str) -> None:
+    """May another program be told to write the file or device ``path``? Takes no locks. Blocking.
+
+    Raises:
+        DiskError: EBUSY, as above.
+    """
+    who = _who_has(path)
+    if who:
+        raise _in_use(path, who)
+
+
+def _in_use(path: str, who: str) -> DiskError:
+    return DiskError(f"{path}: {who}; only one may write it", os_errno.EBUSY)
+
+
+def _who_has(path: str) -> str:
+    """Who has a file or device open and does not want it written, in words, or ""."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:  # there is none, or not for us to read: it cannot be found out
+        return ""
+    try:
+        with _turn:
+            return _kernel_at(fd, path, os.fstat(fd)) or (_ANOTHER if _is_taken(fd) else "")
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise DiskError.from_os(f"asking for locks on {path}", error) from error
+        return ""
+    finally:
+        os.close(fd)
 
 
 def _is_ours(identity: tuple[int, int]) -> bool:
@@ -112,15 +132,15 @@ def _is_ours(identity: tuple[int, int]) -> bool:
     return any(file.fd >= 0 and each == identity for file, each in _ours.items())
 
 
-def _kernel_at(file: ImageFile, info: os.stat_result) -> str:
+def _kernel_at(fd: int, path: str, info: os.stat_result) -> str:
     """How the kernel itself uses this file, this device or one of its partitions, or "".
 
     One call at a time: two would take each other for the kernel.
     """
-    if not file.device:
-        return _loop_on(file.path, info)
+    if not stat.S_ISBLK(info.st_mode):
+        return _loop_on(path, info)
     try:
-        os.close(os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         if error.errno == os_errno.EBUSY:
             return "this system uses it (mounted, or part of a volume group or RAID)"

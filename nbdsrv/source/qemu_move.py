@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbdsrv.disk.insist import insist
+from nbdsrv.formats.image_lock import check_free
 from nbdsrv.source.hypervisor import SourceError
 from nbdsrv.source.qemu_disks import VmDisk, chosen_disks, disks_of
 from nbdsrv.source.qemu_graph import jobs
@@ -241,13 +242,13 @@ class QemuMove:
     async def _prepare(self, disk: VmDisk, job: str, target: MoveTarget) -> bool:
         """Have QEMU make the target and open it; has it made a file?"""
         await self._delete(target.node)  # of a run that was killed before it began to mirror
-        made = False
+        made = _is_new(target)
         try:
             if not target.device:
-                made = True
                 file: dict[str, Any] = {"driver": "file", "filename": target.path}
                 size = disk.size if target.format == "raw" else 0
                 await self._create(job, {**file, "size": size})
+                made = True
             below = self._file(target)
             if target.format == "qcow2":
                 await self._client.execute("blockdev-add", {**below, "node-name": _under(target)})
@@ -414,6 +415,16 @@ def _job_of(disk: VmDisk) -> str:
     if _ID.fullmatch(name) is None:
         name = hashlib.sha256(name.encode()).hexdigest()[:12]
     return f"nbdsrv-move-{name}"
+
+
+def _is_new(target: MoveTarget) -> bool:
+    """Is there nothing of that name? What is there and cannot be made anew is not ours to remove.
+
+    Raises:
+        DiskError: somebody has it open: it is the disk of another machine, or of this one.
+    """
+    check_free(target.path)
+    return not target.device and not os.path.lexists(target.path)
 
 
 def _under(target: MoveTarget) -> str:

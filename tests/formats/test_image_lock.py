@@ -2,10 +2,8 @@
 
 import asyncio
 import errno
-import fcntl
 import os
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +19,7 @@ from nbdsrv.formats.image_file import open_image_file
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.raw import open_raw, raw_disk
 from nbdsrv.formats.target_file import TargetFile
+from tests.formats.locked import relied_on
 from tests.formats.places import loop_device, mounted
 
 MIB = 1 << 20
@@ -50,16 +49,6 @@ def held_by_qemu(path: Path | str) -> Iterator[None]:
         yield
         qemu.stdin.close()
         qemu.wait(20)
-
-
-@contextmanager
-def relied_on(path: Path) -> Iterator[None]:
-    """It has the locks of the backing file of a running machine, which QEMU only reads."""
-    with path.open("rb") as file:
-        for position in 100, 201, 203:
-            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
-        yield
 
 
 def qemu_writes(path: Path | str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.formats.locked import relied_on
 from tests.overlay.bases import make_base
 from tests.overlay.server import nbdsrv, nbdsrv_json, start_server
 from tests.source.peers import need
@@ -224,6 +225,31 @@ async def test_a_disk_that_is_too_small_fails_and_changes_nothing(tmp_path: Path
         assert await vm.jobs() == []
         await vm.write()
         assert "nbd" in await vm.disk_file()
+
+
+async def test_the_image_of_another_machine_is_left_alone(tmp_path: Path) -> None:
+    async with restored(tmp_path) as vm:
+        target = tmp_path / "other.raw"
+        target.write_bytes(b"precious")
+        words = ("migrate", vm.source, str(target), "--force")
+        with relied_on(target):
+            said = await asyncio.to_thread(nbdsrv, *words, code=1)
+        assert "other.raw: another program has it open" in said
+        assert said.count("\n") == 1
+        assert target.read_bytes() == b"precious"
+        assert "nbd" in await vm.disk_file()
+
+
+async def test_and_so_is_what_qemu_refuses_to_make_anew(tmp_path: Path) -> None:
+    async with restored(tmp_path) as vm:
+        target = tmp_path / "directory"
+        target.mkdir()
+        link = tmp_path / "link.raw"
+        link.symlink_to(target)
+        words = ("migrate", vm.source, str(link), "--force")
+        said = await asyncio.to_thread(nbdsrv, *words, code=1)
+        assert said.count("\n") == 1
+        assert link.is_symlink()
 
 
 @pytest.mark.parametrize(
