@@ -9,10 +9,12 @@
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from heapq import merge
 
-from nbdsrv.copying.survey import STEP, DataMap
+from nbdsrv.copying.survey import DataMap
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.sweep import sweep
 from protocol.extents import DATA
 
 __all__ = ["changed_ranges", "data_within", "ranges_within", "steps", "together", "whole"]
@@ -38,13 +40,10 @@ async def changed_ranges(disk: Disk, context: str, granularity: int) -> DataMap:
         DiskError: it cannot be asked.
     """
     found = DataMap(disk.size, granularity)
-    offset = 0
-    while offset < disk.size:
-        extents = await disk.status(context, offset, min(STEP, disk.size - offset))
+    async for extents in sweep(partial(disk.status, context), 0, disk.size):
         for start, length, flags in extents.ranges():
             if flags:
                 found.add(start, length)
-        offset = extents.end
     return found
 
 
@@ -56,13 +55,10 @@ async def data_within(disk: Disk, told: DataMap) -> DataMap:
     """
     found = DataMap(disk.size, told.granularity)
     for start, length in told.ranges():
-        offset = start
-        while offset < start + length:
-            extents = await disk.extents(offset, min(STEP, start + length - offset))
+        async for extents in sweep(disk.extents, start, start + length):
             for at, span, flags in extents.ranges():
                 if flags == DATA:
                     found.add(at, span)
-            offset = extents.end
     return found
 
 

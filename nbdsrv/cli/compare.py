@@ -56,10 +56,13 @@ def _in_words(verdict: Verdict) -> str:
 
 
 async def _compare(one: str, other: str, *, strict: bool, quiet: bool) -> Verdict:
-    with progress("comparing", quiet=quiet) as advance:
+    with progress("comparing", quiet=quiet) as bar:
         async with (
             running_workers() as workers,
             opened(one, workers) as first,
             opened(other, workers) as second,
         ):
-            return await compare_disks(first, second, workers, strict=strict, advance=advance)
+            looking = bar and bar.looking
+            return await compare_disks(
+                first, second, workers, strict=strict, advance=bar, looking=looking
+            )

@@ -110,8 +110,9 @@ def _report(order: Order, outcome: Outcome, duration: float, *, as_json: bool) -
         click.echo(json.dumps(facts), err=aside)
     elif not order.quiet:
         rate = human(int(outcome.data / max(duration, 1e-3)))
+        name = order.target.text.rstrip(":")  # null:
         click.echo(
-            f"{order.target.text}: {human(outcome.size)}, {human(outcome.written)} of it written,"
+            f"{name}: {human(outcome.size)}, {human(outcome.written)} of it written,"
             f" in {duration:.1f} s ({rate}/s)",
             err=aside,
         )
@@ -130,7 +131,7 @@ async def _interruptible(order: Order) -> Outcome:
 
 async def _copy(order: Order) -> Outcome:
     target = order.target
-    with progress(os.path.basename(target.text), quiet=order.quiet) as advance:
+    with progress(os.path.basename(target.text), quiet=order.quiet) as bar:
         async with (
             running_workers() as workers,
             opened(order.source, workers, connections=order.connections) as source,
@@ -138,7 +139,8 @@ async def _copy(order: Order) -> Outcome:
         ):
             refuse_itself(order.source, target)
             async with _writer(order, workers, base) as writer:
-                work = Copy(source, writer, workers, base=base, advance=advance)
+                looking = bar and bar.looking
+                work = Copy(source, writer, workers, base=base, advance=bar, looking=looking)
                 return await work.run()
 
 

@@ -11,6 +11,7 @@ import uvloop
 from nbdsrv.cli.layout import allocation_rows, extents, state
 from nbdsrv.cli.running import opened, running_workers
 from nbdsrv.cli.words import human
+from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.grammar import Kind, parse_source
@@ -50,20 +51,27 @@ def info(source: str, *, as_json: bool) -> None:
 @click.option("--context", default=ALLOCATION, show_default=True, help="Meta context to show.")
 def map_(source: str, *, as_json: bool, context: str) -> None:
     """Print the extents of SOURCE: offset and length in bytes, and their state."""
+    with progress(source, quiet=False, at_once=False) as bar:
+        looking = bar and bar.looking
+        if as_json:
+            rows = _with_disk(source, lambda disk: _json_rows(disk, context, looking), context)
+        else:
+            found = _with_disk(
+                source, lambda disk: extents(disk, context, advance=looking), context
+            )
     if as_json:
-        rows = _with_disk(source, lambda disk: _json_rows(disk, context), context)
         click.echo(json.dumps(rows))
         return
-    for offset, length, flags in _with_disk(source, lambda disk: extents(disk, context), context):
+    for offset, length, flags in found:
         click.echo(f"{offset:>16} {length:>16}  {state(context, flags)}")
 
 
-async def _json_rows(disk: Disk, context: str) -> list[dict[str, Any]]:
+async def _json_rows(disk: Disk, context: str, looking: Advance | None) -> list[dict[str, Any]]:
     if context == ALLOCATION:
-        return await allocation_rows(disk)
+        return await allocation_rows(disk, looking)
     return [
         {"start": start, "length": length, "type": flags, "description": state(context, flags)}
-        for start, length, flags in await extents(disk, context)
+        for start, length, flags in await extents(disk, context, advance=looking)
     ]
 
 

@@ -16,18 +16,19 @@ offset  where the bytes lie in that image's file, if they lie there as they are
 """
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from nbdsrv.copying.progress import Advance
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import FileRun, Run
+from nbdsrv.disk.sweep import sweep
 from nbdsrv.errors import ConfigError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, ExtentList
 
 __all__ = ["allocation_rows", "extents", "state"]
 
-STEP = 1 << 40
-"""Bytes asked about at a time."""
 RUNS_STEP = 1 << 28
 """Bytes whose places in files are asked for at a time: their tables are in memory together."""
 _STATES = {0: "data", 2: "zero", 3: "hole"}
@@ -39,11 +40,12 @@ def state(context: str, flags: int) -> str:
 
 
 async def extents(
-    disk: Disk, context: str, answers: int | None = None
+    disk: Disk, context: str, answers: int | None = None, advance: Advance | None = None
 ) -> list[tuple[int, int, int]]:
     """(offset, length, flags) for the whole disk.
 
-    With ``answers``, only as far as so many of the disk's lead.
+    With ``answers``, only as far as so many of the disk's lead. ``advance`` is called with (bytes
+    looked at, size), unless one answer told all.
 
     Raises:
         ConfigError: the disk has no such context.
@@ -52,19 +54,21 @@ async def extents(
         known = ", ".join(disk.contexts)
         raise ConfigError(f"{disk.name} has no context {context}; it has {known}")
     found: list[tuple[int, int]] = []
-    offset = asked = 0
-    while offset < disk.size and asked != answers:
-        asked += 1
-        some = await disk.status(context, offset, min(STEP, disk.size - offset))
+    asked = 0
+    async for some in sweep(partial(disk.status, context), 0, disk.size):
         found += [(extent.length, extent.flags) for extent in some]
-        offset = some.end
+        asked += 1
+        if asked == answers:
+            break
+        if advance is not None and some.end < disk.size:
+            advance(some.end, disk.size)
     return list(ExtentList(0, found).ranges())
 
 
-async def allocation_rows(disk: Disk) -> list[dict[str, Any]]:
-    """All of ``disk``, neighbours alike merged as qemu-img does."""
+async def allocation_rows(disk: Disk, advance: Advance | None = None) -> list[dict[str, Any]]:
+    """All of ``disk``, neighbours alike merged as qemu-img does; ``advance`` as for ``extents``."""
     rows: list[dict[str, Any]] = []
-    async for row in _rows(disk):
+    async for row in _rows(disk, advance):
         if rows and _goes_on(rows[-1], row):
             rows[-1]["length"] += row["length"]
         else:
@@ -72,9 +76,9 @@ async def allocation_rows(disk: Disk) -> list[dict[str, Any]]:
     return rows
 
 
-async def _rows(disk: Disk) -> AsyncIterator[dict[str, Any]]:
+async def _rows(disk: Disk, advance: Advance | None) -> AsyncIterator[dict[str, Any]]:
     chain = list(_chain(disk))
-    for start, length, flags, depth in await _allocation(disk):
+    for start, length, flags, depth in await _allocation(disk, advance):
         if flags == DATA:
             async for at, run in _runs(disk, start, length):
                 row = _row(at, run.length, flags, depth, present=True)
@@ -88,9 +92,11 @@ async def _rows(disk: Disk) -> AsyncIterator[dict[str, Any]]:
                 yield _hole(at, span, flags, chain)
 
 
-async def _allocation(disk: Disk) -> Sequence[tuple[int, int, int, int | None]]:
+async def _allocation(
+    disk: Disk, advance: Advance | None
+) -> Sequence[tuple[int, int, int, int | None]]:
     """(offset, length, flags, which image of the chain); None where no image has it."""
-    states = await extents(disk, ALLOCATION)
+    states = await extents(disk, ALLOCATION, advance=advance)
     if ALLOCATION_DEPTH not in disk.contexts:
         return [(*each, None if each[2] & 1 else 0) for each in states]
     depths = iter(await extents(disk, ALLOCATION_DEPTH))
@@ -138,9 +144,11 @@ def _hole(start: int, length: int, flags: int, chain: Sequence[Disk]) -> dict[st
 
 async def _runs(disk: Disk, start: int, length: int) -> AsyncIterator[tuple[int, Run]]:
     at, end = start, start + length
+    step = RUNS_STEP
     while at < end:
-        span = min(RUNS_STEP, end - at)
-        for run in await disk.runs(at, span):
+        runs = await disk.runs(at, min(step, end - at))
+        step = step * 2 if len(runs) == 1 else RUNS_STEP
+        for run in runs:
             clipped = run._replace(length=min(run.length, end - at))
             yield at, clipped
             at += clipped.length

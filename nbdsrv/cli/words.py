@@ -6,8 +6,8 @@ __all__ = ["counted", "human", "printable"]
 def human(size: int) -> str:
     """Bytes with a binary unit, four digits."""
     amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if amount < 1024 or unit == "PiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if amount < 1024 or unit == "EiB":
             break
         amount /= 1024
     return f"{amount:.4g} {unit}"

@@ -47,9 +47,17 @@ class Verdict:
 
 
 async def compare(
-    one: Disk, other: Disk, workers: Workers, *, strict: bool, advance: Advance | None = None
+    one: Disk,
+    other: Disk,
+    workers: Workers,
+    *,
+    strict: bool,
+    advance: Advance | None = None,
+    looking: Advance | None = None,
 ) -> Verdict:
     """Compare all of both; ``strict`` demands the same size.
+
+    ``looking`` is told of the search for data, ``advance`` of what has been compared.
 
     Raises:
         DiskError: one of them cannot be read; it names the disk and the offset.
@@ -57,7 +65,8 @@ async def compare(
     sizes = one.size, other.size
     if strict and one.size != other.size:
         return Verdict(sizes, min(sizes))
-    first, second = _Side(one, await survey(one)), _Side(other, await survey(other))
+    first = _Side(one, await survey(one, advance=looking))
+    second = _Side(other, await survey(other, advance=looking))
     union = _union(first.data, second.data)
     comparison = _Comparison(first, second, workers, union.bytes, advance)
     return Verdict(sizes, await comparison.run(union))

@@ -83,6 +83,7 @@ class Copy:
         *,
         base: Disk | None = None,
         advance: Advance | None = None,
+        looking: Advance | None = None,
     ) -> None:
         """Copy ``source``.
 
@@ -92,6 +93,7 @@ class Copy:
             workers: threads for reading.
             base: what the target has where nothing is written; only for a writer that is fresh.
             advance: called with (bytes done, bytes to do), often; counts data only.
+            looking: called before that with (bytes, size) while it is found out where data is.
         """
         self.outcome = Outcome(source.size)
         self._source = source
@@ -99,6 +101,7 @@ class Copy:
         self._workers = workers
         self._base = base
         self._advance = advance
+        self._looking = looking
         smallest = MIN_ZERO if writer.fresh else MIN_ZERO_IN_PLACE
         self._unit = max(writer.granularity, smallest)
         # From a network in smaller pieces: the next ones are asked for the sooner.
@@ -122,7 +125,7 @@ class Copy:
         """
         try:
             await self._writer.open(self._source.size)
-            data = await survey(self._source, self._unit)
+            data = await survey(self._source, self._unit, self._looking)
             self.outcome.data = data.bytes
             self.outcome.zero = data.size - data.bytes
             below = await survey(self._base, self._unit) if self._base else None

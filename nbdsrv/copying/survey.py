@@ -13,15 +13,15 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 
+from nbdsrv.copying.progress import Advance
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.sweep import sweep
 from protocol.extents import DATA
 
 __all__ = ["MAX_RANGES", "DataMap", "survey"]
 
 MAX_RANGES = 1 << 20
 """Ranges kept, 16 MiB."""
-STEP = 1 << 40
-"""Bytes asked about at a time."""
 
 
 class DataMap:
@@ -117,18 +117,19 @@ class DataMap:
             at = stop
 
 
-async def survey(disk: Disk, granularity: int = 1) -> DataMap:
+async def survey(disk: Disk, granularity: int = 1, advance: Advance | None = None) -> DataMap:
     """Ask ``disk`` for all of its extents.
+
+    ``advance`` is called with (bytes looked at, size), unless one answer told all.
 
     Raises:
         DiskError: they cannot be read.
     """
     found = DataMap(disk.size, granularity)
-    offset = 0
-    while offset < disk.size:
-        extents = await disk.extents(offset, min(STEP, disk.size - offset))
+    async for extents in sweep(disk.extents, 0, disk.size):
         for start, length, flags in extents.ranges():
             if flags == DATA:
                 found.add(start, length)
-        offset = extents.end
+        if advance is not None and extents.end < disk.size:
+            advance(extents.end, disk.size)
     return found

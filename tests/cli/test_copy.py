@@ -19,6 +19,7 @@ from tests.formats.images import Image
 from tests.formats.partition.tables import run, with_table
 from tests.formats.places import loop_device
 from tests.formats.written import qemu_img, qemu_size, same_as
+from tests.source.peers import listening, unix_uri
 
 MIB = 1 << 20
 SOURCE = Image("source", 12 * MIB + 5, ((0, 100_000), (5 * MIB + 1000, MIB), (12 * MIB, 5)))
@@ -382,3 +383,10 @@ def test_a_terminal_sees_progress_unless_it_is_to_be_quiet(tmp_path: Path, sourc
     assert "a.qcow2" in shown
     assert "100%" in shown
     assert on_a_terminal(source, tmp_path / "b.qcow2", "--quiet") == (0, "")
+
+
+def test_a_terminal_sees_how_far_a_large_export_has_been_looked_at(tmp_path: Path) -> None:
+    with listening(tmp_path / "sock", "nbdkit", "null", "32T"):
+        code, shown = on_a_terminal(unix_uri(tmp_path / "sock"), "null:")
+    assert code == 0
+    assert "looking for data" in shown
