@@ -35,7 +35,9 @@ def ls(repository: str, *, as_json: bool) -> None:
     """
     source = parse_source(repository)
     if source.kind is not Kind.REPOSITORY or source.partition is not None:
-        raise ConfigError(f"{repository}: not a repository; for instance repo:/path")
+        raise ConfigError(
+            f"{repository}: not a repository; one is named by its kind, as repo:/path"
+        )
     points = uvloop.run(_points(source))
     if as_json:
         click.echo(json.dumps([_row(point) for point in points]))

@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from nbdsrv.cli.serve_order import Order
 from nbdsrv.cli.serving import STDIO, Serving, server_options
+from nbdsrv.cli.words import counted
 from nbdsrv.disk.blocks import DEFAULT_CACHE
 from nbdsrv.errors import ConfigError
 
@@ -104,4 +105,5 @@ def serve(*, check: bool, **options: Any) -> None:
         return
     exports, collections = uvloop.run(check_order(order))
     what = order.config or "the command line"
-    click.echo(f"{what}: {exports} exports, {collections} repositories and VMs; no mistake found")
+    stored = f"{collections} repositories and VMs"
+    click.echo(f"{what}: {counted(exports, 'export')}, {stored}; no mistake found")

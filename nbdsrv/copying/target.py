@@ -122,6 +122,8 @@ def parse_target(text: str, to: str | None = None) -> Target:
         return Target(text, Place.PIPE, location, kind or "raw")
     if _is_device(location):
         return _in_place(text, Place.DEVICE, location, kind)
+    if _among_devices(location):
+        raise ConfigError(f"{text}: no such device")
     return Target(text, Place.FILE, location, kind or _by_extension(text, location))
 
 
@@ -141,6 +143,15 @@ def _in_place(text: str, place: Place, location: str, kind: str | None) -> Targe
     if kind not in {None, "raw"}:
         raise ConfigError(f"{text}: is overwritten as it is; a {kind} image goes into a file")
     return Target(text, place, location, "raw")
+
+
+def _among_devices(path: str) -> bool:
+    """Would a new file be made in /dev, in memory, where a device's name was mistyped?"""
+    try:
+        place = os.stat(os.path.dirname(os.path.realpath(path)))
+        return not os.path.lexists(path) and place.st_dev == os.stat("/dev").st_dev
+    except (OSError, ValueError):
+        return False
 
 
 def _is_device(path: str) -> bool:

@@ -12,11 +12,12 @@ kind it is instead of "no such file".
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import Enum, auto
 
 from nbdsrv.errors import ConfigError
 
-__all__ = ["NATIVE", "Kind", "Source", "is_native", "is_nbd", "parse_source"]
+__all__ = ["NATIVE", "Kind", "Source", "is_native", "is_nbd", "parse_source", "unknown_kind"]
 
 
 class Kind(Enum):
@@ -66,6 +67,8 @@ HYPERVISORS = frozenset({"qemu", "libvirt", "xapi"})
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
 _NBD = re.compile(r"nbds?(?:\+tcp|\+unix)?:|(?i:nbds?(?:\+[a-z0-9]+)?://)")
 """Also what only looks like an NBD URI, nbd+vsock://...: its parser says what is wrong with it."""
+_MEANT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?::|//)")
+"""What looks like a kind: ndb://host, qcow3:disk.img, nbd//host."""
 _PARTITION = re.compile(r"(.*)~p([0-9]+)", re.DOTALL)
 
 
@@ -98,6 +101,17 @@ def is_native(text: str) -> bool:
 def is_nbd(text: str) -> bool:
     """Is it an NBD URI, or meant to be one?"""
     return bool(_NBD.match(text))
+
+
+def unknown_kind(path: str) -> str | None:
+    """Of a path that is not there: what is wrong with the kind it begins with, if it has one."""
+    match = _MEANT.match(path)
+    if match is None:
+        return None
+    known = ["nbd", "nbds", "nbd+unix", "nbds+unix", *FORMATS, *REPOSITORIES, *HYPERVISORS]
+    near = get_close_matches(match[1].lower(), known, 2)
+    hint = f"did you mean {': or '.join(near)}:?" if near else "docs/usage.md has all of them"
+    return f"no such file, and no SOURCE begins with {match[0]!r}; {hint}"
 
 
 def parse_source(text: str) -> Source:

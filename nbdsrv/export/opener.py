@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import DiskError
-from nbdsrv.export.grammar import Kind, Source
+from nbdsrv.errors import ConfigError, DiskError
+from nbdsrv.export.grammar import Kind, Source, unknown_kind
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.repository.passphrase import passphrase_of
 
@@ -139,6 +139,9 @@ async def open_collection(
 def _selectors(source: Source) -> tuple[str, str, str]:
     """Path, ``@snapshot`` and ``#member``; a file of that whole name comes first. Blocking."""
     path = source.location
+    if os.path.isdir(path):
+        hint = f"a repository is named by its kind, for instance repo:{path}"
+        raise DiskError(f"{path}: is a directory, not a disk image; {hint}", errno.EISDIR)
     if os.path.lexists(path):
         return path, "", ""
     if source.scheme in _ARCHIVES:
@@ -149,4 +152,6 @@ def _selectors(source: Source) -> tuple[str, str, str]:
         before, mark, snapshot = path.rpartition("@")
         if mark and snapshot and os.path.lexists(before):
             return before, snapshot, ""
+    if not source.scheme and (wrong := unknown_kind(path)):
+        raise ConfigError(f"{source.text}: {wrong}")
     return path, "", ""

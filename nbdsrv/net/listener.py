@@ -88,6 +88,10 @@ def split_address(where: str) -> tuple[str | None, int]:
     Raises:
         ConfigError: the text makes no sense.
     """
+    if where.isdecimal():
+        raise ConfigError(f"--listen {where}: write :{where}, or 127.0.0.1:{where} for this host")
+    if "/" in where:
+        raise ConfigError(f"--listen {where}: a Unix socket is written unix:/path")
     host, colon, port = where.rpartition(":")
     if not colon or "]" in port:
         host, port = where, str(NBD_PORT)
@@ -175,7 +179,9 @@ def identity(path: str) -> tuple[int, int]:
 
 def _why_not(path: str, error: OSError) -> str:
     if error.errno != os_errno.EADDRINUSE:
-        return str(error) if error.errno is None else os.strerror(error.errno)
+        if error.errno is None:
+            return f"{error}: 107 bytes at most"
+        return os.strerror(error.errno)
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "the file exists and is not a socket"
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

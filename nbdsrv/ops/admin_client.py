@@ -30,7 +30,7 @@ def find_socket(given: str | None, environ: Mapping[str, str] = os.environ) -> s
         if os.path.exists(place):
             return place
     looked = ", ".join(places)
-    raise ConfigError(f"no admin socket in {looked}; name it with --socket, see [admin]")
+    raise ConfigError(f"no server has its admin socket at {looked}; say with --socket where it is")
 
 
 class AdminClient:

@@ -32,8 +32,37 @@ def test_missing_file(tmp_path: Path, command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_directory(tmp_path: Path, command: str) -> None:
     said = refusal(FAILED, command, tmp_path)
-    assert str(tmp_path) in said
-    assert "directory" in said
+    assert f"{tmp_path}: is a directory" in said
+    assert f"repo:{tmp_path}" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("ndb://localhost/x", "no SOURCE begins with 'ndb:'; did you mean nbd"),
+        ("nbd//localhost", "no SOURCE begins with 'nbd//'; did you mean nbd"),
+        ("qcow3:disk.img", "did you mean qcow: or qcow2:?"),
+        ("s3://bucket/disk.img", "docs/usage.md"),
+    ],
+)
+def test_a_kind_of_source_that_there_is_not(command: str, source: str, words: str) -> None:
+    said = refusal(USAGE, command, source)
+    assert said.startswith(f"nbdsrv: {source}: no such file")
+    assert words in said
+
+
+def test_a_file_whose_name_looks_like_a_kind(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(disk.parent)
+    disk.rename(disk.parent / "old:disk.img")
+    done = nbdsrv("info", "old:disk.img")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_device_that_is_not_there_does_not_become_a_file(disk: Path) -> None:
+    for target in ("/dev/nosuchdisk", "raw:/dev/nosuchdisk"):
+        assert refusal(USAGE, "copy", disk, target) == f"nbdsrv: {target}: no such device\n"
+    assert not Path("/dev/nosuchdisk").exists()
 
 
 def test_serving_a_directory_for_writing(tmp_path: Path) -> None:
@@ -299,6 +328,14 @@ def test_unix_path_that_cannot_be(tmp_path: Path, disk: Path) -> None:
         said = refusal(FAILED, "serve", disk, "--listen", f"unix:{path}")
         assert str(path) in said
         assert says in said
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("10810", "write :10810, or 127.0.0.1:10810"), ("/run/x.sock", "unix:/path")],
+)
+def test_half_an_address_to_listen_on(disk: Path, where: str, words: str) -> None:
+    assert words in refusal(USAGE, "serve", disk, "--listen", where)
 
 
 def test_a_dangling_link_in_the_sockets_place(tmp_path: Path, disk: Path) -> None:

@@ -91,7 +91,7 @@ def test_mistakes_are_lines_and_exit_code_2(
 def test_check_tells_what_is_there(tmp_path: Path, disk: Path) -> None:
     path = config(tmp_path, disk)
     done = nbdsrv("serve", "--check", "--config", path)
-    said = f"{path}: 1 exports, 0 repositories and VMs; no mistake found\n"
+    said = f"{path}: 1 export, 0 repositories and VMs; no mistake found\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
     assert not (tmp_path / "nbd").exists()
 
