@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["backup"]
 
 
-@click.command()
+@click.command(short_help="Disks or running VMs as restore points.")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
-    "--disk", "named", multiple=True, metavar="NAME=SOURCE", help="A disk under a name of its own."
+    "--disk",
+    "named",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="A disk under a name of its own; repeatable.",
 )
 @click.option(
     "--to",
@@ -31,10 +35,12 @@ __all__ = ["backup"]
     multiple=True,
     required=True,
     metavar="REPOSITORY",
-    help="Where to; several are filled by reading once.",
+    help="Where to; repeatable, and several are filled by reading once.",
 )
 @click.option(
-    "--group", metavar="NAME", help="The VM.  [default: the first disk's VM, or its name]"
+    "--group",
+    metavar="NAME",
+    help="The VM's name, the group of its points.  [default: the first disk's VM, or its name]",
 )
 @point_options()
 @click.option("--rate", metavar="SIZE/s", help="Read no faster, for instance 100M/s.")
@@ -43,11 +49,13 @@ __all__ = ["backup"]
     type=click.IntRange(1, 64),
     default=2,
     show_default=True,
+    metavar="N",
     help="VMs that are backed up at once.",
 )
 @click.option(
     "--connections",
     type=click.IntRange(1, 64),
+    metavar="N",
     help="To one NBD server at most, of all disks together.",
 )
 @click.option(

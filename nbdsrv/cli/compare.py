@@ -17,7 +17,7 @@ DIFFERENT = 3
 """Exit code of disks that differ; 1 is for those that could not be compared."""
 
 
-@click.command()
+@click.command(short_help="Is the content of two disks the same?")
 @click.argument("one", metavar="SOURCE")
 @click.argument("other", metavar="SOURCE")
 @click.option("--strict", is_flag=True, help="The sizes must be the same too.")

@@ -50,7 +50,7 @@ class Order:
     quiet: bool
 
 
-@click.command()
+@click.command(short_help="A disk into another image, or to a server.")
 @click.argument("source")
 @click.argument("target")
 @target_options

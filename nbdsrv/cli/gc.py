@@ -25,7 +25,7 @@ __all__ = ["collected", "gc"]
 DEGRADED = 3
 
 
-@click.command()
+@click.command(short_help="Give back the space nothing needs any more.")
 @click.argument("repository")
 @click.option(
     "--grace",

@@ -28,7 +28,7 @@ MAX_ANSWERS = 1 << 16
 128 TiB then, and one that tells of a few bytes at a time does not keep it for ever."""
 
 
-@click.command()
+@click.command(short_help="What a disk is, and what it is made of.")
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(source: str, *, as_json: bool) -> None:
@@ -45,10 +45,12 @@ def info(source: str, *, as_json: bool) -> None:
     _print_info(_with_disk(source, _describe), as_json=as_json)
 
 
-@click.command(name="map")
+@click.command(name="map", short_help="Where a disk holds data, zeroes and holes.")
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in qemu-img's shape.")
-@click.option("--context", default=ALLOCATION, show_default=True, help="Meta context to show.")
+@click.option(
+    "--context", metavar="C", default=ALLOCATION, show_default=True, help="Meta context to show."
+)
 def map_(source: str, *, as_json: bool, context: str) -> None:
     """Print the extents of SOURCE: offset and length in bytes, and their state."""
     with progress(source, quiet=False, at_once=False) as bar:

@@ -33,7 +33,7 @@ def repository_source(text: str, what: str, *, written: bool = False) -> Source:
     return source
 
 
-@click.command()
+@click.command(short_help="Make an empty repository.")
 @click.argument("repository")
 @click.option(
     "--chunk-size",

@@ -31,7 +31,7 @@ class _Aliases(click.Group):
         return super().get_command(ctx, "change" if cmd_name == "rotate" else cmd_name)
 
 
-@click.group(cls=_Aliases)
+@click.group(cls=_Aliases, short_help="The passphrases of an encrypted repository.")
 def key() -> None:
     """List, add, remove and change the passphrases of an encrypted REPOSITORY.
 

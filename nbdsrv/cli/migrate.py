@@ -41,7 +41,7 @@ class Order:
     quiet: bool
 
 
-@click.command()
+@click.command(short_help="Move the disk of a running VM elsewhere.")
 @click.argument("source", metavar="qemu:SOCKET#DISK")
 @click.argument("target", required=False)
 @click.option("--to", metavar="FORMAT", help="qcow2 or raw.  [default: by TARGET's extension]")

@@ -17,7 +17,7 @@ from nbdsrv.overlay.place import Place, find_overlay, overlays_in
 __all__ = ["overlay"]
 
 
-@click.group()
+@click.group(short_help="What clients of serve --overlay have written.")
 def overlay() -> None:
     """List, describe, commit and drop the overlays of `nbdsrv serve --overlay DIR`."""
 

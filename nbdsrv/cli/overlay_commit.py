@@ -38,8 +38,17 @@ __all__ = ["commit"]
     metavar="PERCENT",
     help="Of what is unchanged, read so much all the same.",
 )
-@click.option("--level", type=click.IntRange(0, 19), default=2, show_default=True, help="Of zstd.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Of the point.")
+@click.option(
+    "--level",
+    type=click.IntRange(0, 19),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="How hard zstd tries; 0 stores as it is.",
+)
+@click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Kept with the point; repeatable."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress and print nothing.")
 def commit(

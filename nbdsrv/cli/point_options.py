@@ -53,7 +53,8 @@ def point_options(when: str = "") -> Callable[[F], F]:
             type=click.IntRange(0, MAX_LEVEL),
             default=2,
             show_default=True,
-            help=f"{when}Of zstd; 0 stores as it is.",
+            metavar="N",
+            help=f"{when}How hard zstd tries; 0 stores as it is.",
         ),
         click.option(
             "--layout",
@@ -64,10 +65,14 @@ def point_options(when: str = "") -> Callable[[F], F]:
         click.option(
             "--packing",
             type=click.Choice(["brotli", "gzip", "none"]),
-            help=f"{when}Of a vhd-directory's blocks.  [default: brotli]",
+            help=f"{when}How the blocks of a vhd-directory are compressed.  [default: brotli]",
         ),
         click.option(
-            "--label", "labels", multiple=True, metavar="KEY=VALUE", help=f"{when}Of the point."
+            "--label",
+            "labels",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=f"{when}Kept with the point, for `prune --keep-label`; repeatable.",
         ),
     )
 

@@ -25,7 +25,7 @@ MAX_NAMED = 100
 """Groups ``info`` names."""
 
 
-@click.command()
+@click.command(short_help="The restore points of a repository.")
 @click.argument("repository", metavar="REPOSITORY[#GROUP]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(repository: str, *, as_json: bool) -> None:

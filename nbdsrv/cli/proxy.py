@@ -21,17 +21,22 @@ __all__ = ["proxy"]
 _BACKUP = ("group", "since", "changed", "recheck", "level", "labels")
 
 
-@click.command()
+@click.command(short_help="Pass exports on, and store what is read.")
 @click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option(
-    "--export", "exports", multiple=True, metavar="NAME=SOURCE", help="Pass on SOURCE as NAME."
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="Pass on SOURCE as NAME; repeatable.",
 )
 @click.option(
     "--tee",
     "repositories",
     multiple=True,
     metavar="REPOSITORY",
-    help="Keep what clients read as a restore point there; several are filled by reading once.",
+    help="Keep what clients read as a restore point there; repeatable, and several are filled by"
+    " reading once.",
 )
 @click.option("--once", is_flag=True, help="End when the last client has left.")
 @click.option("--write", is_flag=True, help="Let clients write. Without it all is read-only.")
@@ -40,13 +45,16 @@ _BACKUP = ("group", "since", "changed", "recheck", "level", "labels")
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,
+    metavar="N",
     help="To each SOURCE, at most.",
 )
 @click.option("--group", metavar="NAME", help="With --tee: the VM.  [default: the first disk]")
 @point_options("With --tee: ")
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was stored as JSON.")
-@click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
+@click.option(
+    "-v", "--verbose", count=True, help="Log sessions, not only warnings; twice for debugging."
+)
 def proxy(verbose: int, *, as_json: bool, **options: Any) -> int:
     """Serve other servers' exports, each SOURCE with all that it is there.
 

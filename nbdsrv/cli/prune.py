@@ -21,7 +21,7 @@ DEGRADED = 3
 _COUNT = click.IntRange(1, 1_000_000)
 
 
-@click.command()
+@click.command(short_help="Delete restore points that no rule keeps.")
 @click.argument("repository", metavar="REPOSITORY[#GROUP]")
 @click.option("--keep-last", "last", type=_COUNT, metavar="N", help="The newest N points.")
 @click.option("--keep-hourly", "hourly", type=_COUNT, metavar="N", help="One of each hour.")

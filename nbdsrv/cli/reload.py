@@ -12,7 +12,7 @@ PATIENCE_S = 300.0
 """Seconds for opening everything that is new: repositories may be far away."""
 
 
-@click.command()
+@click.command(short_help="Have a server read its configuration again.")
 @click.option("--socket", metavar="PATH", help="The server's admin socket.")
 @click.option("--json", "as_json", is_flag=True, help="Print what has changed as JSON.")
 def reload(*, socket: str | None, as_json: bool) -> None:

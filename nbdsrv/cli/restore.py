@@ -25,7 +25,7 @@ class _Job:
     quiet: bool
 
 
-@click.command()
+@click.command(short_help="A disk of a restore point to where it goes.")
 @click.argument("source")
 @click.argument("target")
 @click.option(

@@ -17,10 +17,14 @@ __all__ = ["serve"]
 _UNSAID = frozenset({ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP})
 
 
-@click.command()
-@click.argument("sources", nargs=-1, metavar="SOURCE...")
+@click.command(short_help="Make disks available over NBD.")
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
-    "--export", "exports", multiple=True, metavar="NAME=SOURCE", help="Serve SOURCE under NAME."
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="Serve SOURCE under NAME; repeatable.",
 )
 @click.option("--write", is_flag=True, help="Let clients write. Without it all is read-only.")
 @click.option(
@@ -52,6 +56,7 @@ _UNSAID = frozenset({ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP})
     type=click.IntRange(0, 1 << 20),
     default=DEFAULT_CACHE >> 20,
     show_default=True,
+    metavar="MIB",
     help="MiB of decoded blocks kept, of compressed images.",
 )
 @click.option(
@@ -78,8 +83,11 @@ _UNSAID = frozenset({ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP})
     default="text",
     show_default=True,
     envvar="NBDSRV_LOG_FORMAT",
+    help="Of the log, on standard error.",
 )
-@click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
+@click.option(
+    "-v", "--verbose", count=True, help="Log sessions, not only warnings; twice for debugging."
+)
 def serve(*, check: bool, **options: Any) -> None:
     """Serve each SOURCE over NBD, and what a configuration FILE names.
 

@@ -15,13 +15,14 @@ from nbdsrv.ops.jobs import running
 __all__ = ["status"]
 
 
-@click.command()
+@click.command(short_help="What a running server is doing.")
 @click.option("--socket", metavar="PATH", help="The server's admin socket.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, once, as JSON.")
 @click.option("--once", is_flag=True, help="Once, as plain text; so it is without a terminal.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
+    metavar="S",
     default=1.0,
     show_default=True,
     help="Seconds between two looks.",

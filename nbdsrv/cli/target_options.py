@@ -13,7 +13,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option("--to", type=click.Choice(WRITTEN), help="Format of TARGET."),
-    click.option("--compress", metavar="METHOD[:LEVEL]", help="zlib, zstd or none."),
+    click.option(
+        "--compress", metavar="METHOD[:LEVEL]", help="Of a qcow2 image: zlib, zstd or none."
+    ),
     click.option(
         "--backing",
         default="",
@@ -21,7 +23,10 @@ _OPTIONS = (
         help="Make a qcow2 image that holds only what differs from FILE.",
     ),
     click.option(
-        "--connections", type=click.IntRange(1, 64), help="To an NBD server, at most.  [default: 4]"
+        "--connections",
+        type=click.IntRange(1, 64),
+        metavar="N",
+        help="To an NBD server at most, of SOURCE or TARGET.  [default: 4]",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print what has been done as JSON."),
     click.option("--quiet", is_flag=True, help="Show no progress and print nothing."),

@@ -29,7 +29,7 @@ __all__ = ["verify"]
 Chosen = Callable[[PointRecord], Iterable[str]]
 
 
-@click.command()
+@click.command(short_help="Is everything still there and intact?")
 @click.argument("repository", metavar="REPOSITORY[#GROUP/DISK@POINT]")
 @click.option(
     "--level",
