@@ -111,8 +111,9 @@ def _report(order: Order, outcome: Outcome, duration: float, *, as_json: bool) -
     elif not order.quiet:
         rate = human(int(outcome.data / max(duration, 1e-3)))
         name = order.target.text.rstrip(":")  # null:
+        done = "read" if order.target.place is Place.NOWHERE else "written"
         click.echo(
-            f"{name}: {human(outcome.size)}, {human(outcome.written)} of it written,"
+            f"{name}: {human(outcome.size)}, {human(outcome.written)} of it {done},"
             f" in {duration:.1f} s ({rate}/s)",
             err=aside,
         )

@@ -13,6 +13,7 @@ from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.facts import OverlayFacts, overlay_facts
 from nbdsrv.overlay.pinning import unpin
 from nbdsrv.overlay.place import Place, find_overlay, overlays_in
+from nbdsrv.repository.repository import stamp_of
 
 __all__ = ["overlay"]
 
@@ -64,8 +65,7 @@ def info(path: str, *, as_json: bool) -> None:
             for name, each in value.items():
                 click.echo(f"base {name}: {each}")
             continue
-        said = f"{human(value)} ({value})" if key == "size" or key.endswith("bytes") else value
-        click.echo(f"{key.replace('_', ' ')}: {'-' if said is None else said}")
+        click.echo(f"{key.replace('_', ' ')}: {_in_words(key, value)}")
 
 
 @overlay.command()
@@ -101,6 +101,18 @@ def _unpin(found: Description) -> None:
     except NbdsrvError as error:
         said = f"{found.selector} stays pinned in its repository; `nbdsrv prune --force` overrides"
         click.echo(f"nbdsrv: warning: {said}: {error}", err=True)
+
+
+def _in_words(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "size" or key.endswith("bytes"):
+        return f"{human(value)} ({value})"
+    if key == "created":
+        return stamp_of(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _row(facts: OverlayFacts) -> dict[str, Any]:

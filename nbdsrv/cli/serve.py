@@ -113,5 +113,7 @@ def serve(*, check: bool, **options: Any) -> None:
         return
     exports, collections = uvloop.run(check_order(order))
     what = order.config or "the command line"
-    stored = f"{collections} repositories and VMs"
+    stored = counted(collections, "repository or VM")
+    if collections != 1:
+        stored = f"{collections} repositories and VMs"
     click.echo(f"{what}: {counted(exports, 'export')}, {stored}; no mistake found")

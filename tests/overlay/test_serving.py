@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,9 @@ async def test_commit_while_the_guest_writes(tmp_path: Path, workers: Workers) -
     assert third["mode"] == "incremental"
     nbdsrv("compare", f"{repository}#vm1/sda@{third['point']}", f"raw:{tmp_path}/quiet")
     (row,) = nbdsrv_json("overlay", "ls", f"{tmp_path}/ov")
+    said = nbdsrv("overlay", "info", row["path"])
+    assert re.search(r"^created: 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$", said, re.MULTILINE)
+    assert "\nin use: no\n" in said
     assert row["selector"] == f"vm1/sda@{first['point']}"
     nbdsrv("overlay", "drop", overlay)
     assert nbdsrv_json("overlay", "ls", f"{tmp_path}/ov") == []
