@@ -7,6 +7,7 @@ A *cell* is one load over one transport. Its name is what ``--cells`` matches::
     qcow2/read-2m-qd4          image, over a Unix socket / the same
     convert/qcow2-to-raw       nbdsrv copy beside qemu-img convert
     client/unix-4conn          nbdsrv copy beside nbdcopy, both from qemu-nbd to null:
+    client/unix-library        nbdsrv.stream beside libnbd's Python module (in nbdcopy's column)
 
 A *bar* is the ratio of medians, ours over the peer's, that a cell has to reach. TLS cells have
 none: all the time goes into the ciphers, they are there to be seen.
@@ -95,6 +96,8 @@ class Cell:
             return f"convert/{self.image.replace(' ', '-')}"
         if self.rw == "client":
             return f"client/{self.image or self.transport}-{self.depth}conn"
+        if self.rw == "library":
+            return f"client/{self.transport}-library"
         where = self.image or self.transport
         if self.rw == "copy":
             return f"{where}/copy-{self.depth}conn"
@@ -109,6 +112,8 @@ class Cell:
             way = f"{self.transport} + 50 ms" if self.image == DELAYED else self.transport
             plural = "" if self.depth == 1 else "s"
             return f"client, {way}: qemu-nbd to null, {self.depth} connection{plural}"
+        if self.rw == "library":
+            return f"client library, {self.transport}: beside libnbd's for Python, 1 connection"
         where = self.image or self.transport
         if self.rw == "copy":
             plural = "" if self.depth == 1 else "s"
@@ -196,6 +201,7 @@ CELLS = [
     *(Cell(Part.CONVERT, Transport.UNIX, "convert", "", 0, way) for way in CONVERSIONS),
     *(Cell(Part.CLIENT, over, "client", "", count) for over in PLAIN for count in (1, 4)),
     *(Cell(Part.CLIENT, Transport.UNIX, "client", "", count, DELAYED) for count in (1, 4)),
+    *(Cell(Part.CLIENT, over, "library", "", 1) for over in PLAIN),
 ]
 
 
