@@ -83,7 +83,7 @@ def _run() -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        return _fail(error.format_message(), 2)
+        return _fail(_with_hint(error), 2)
     except ConfigError as error:
         return _fail(str(error), 2)
     except OutputError:
@@ -97,6 +97,15 @@ def _run() -> int:
             raise
         return _fail("the working directory has been removed; change into another one", 1)
     return code
+
+
+def _with_hint(error: click.ClickException) -> str:
+    """What is wrong with the command line and, unless that is said already, who knows better."""
+    said = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None or not said.endswith("."):  # it asks: did you mean ...?
+        return said
+    return f"{said[:-1]}; see `{context.command_path} --help`"
 
 
 def _has_working_directory() -> bool:

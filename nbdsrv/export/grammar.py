@@ -69,6 +69,8 @@ _NBD = re.compile(r"nbds?(?:\+tcp|\+unix)?:|(?i:nbds?(?:\+[a-z0-9]+)?://)")
 """Also what only looks like an NBD URI, nbd+vsock://...: its parser says what is wrong with it."""
 _MEANT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?::|//)")
 """What looks like a kind: ndb://host, qcow3:disk.img, nbd//host."""
+_CALLED = {"vpc": "vhd", "s3": "repo+s3"}
+"""What others call it."""
 _PARTITION = re.compile(r"(.*)~p([0-9]+)", re.DOTALL)
 
 
@@ -109,7 +111,8 @@ def unknown_kind(path: str) -> str | None:
     if match is None:
         return None
     known = ["nbd", "nbds", "nbd+unix", "nbds+unix", *FORMATS, *REPOSITORIES, *HYPERVISORS]
-    near = get_close_matches(match[1].lower(), known, 2)
+    name = match[1].lower()
+    near = [_CALLED[name]] if name in _CALLED else get_close_matches(name, known, 2)
     hint = f"did you mean {': or '.join(near)}:?" if near else "docs/usage.md has all of them"
     return f"no such file, and no SOURCE begins with {match[0]!r}; {hint}"
 

@@ -43,13 +43,27 @@ def test_directory(tmp_path: Path, command: str) -> None:
         ("ndb://localhost/x", "no SOURCE begins with 'ndb:'; did you mean nbd"),
         ("nbd//localhost", "no SOURCE begins with 'nbd//'; did you mean nbd"),
         ("qcow3:disk.img", "did you mean qcow: or qcow2:?"),
-        ("s3://bucket/disk.img", "docs/usage.md"),
+        ("http://host/disk.img", "docs/usage.md"),
+        ("vpc:disk.img", "did you mean vhd:?"),
     ],
 )
 def test_a_kind_of_source_that_there_is_not(command: str, source: str, words: str) -> None:
     said = refusal(USAGE, command, source)
     assert said.startswith(f"nbdsrv: {source}: no such file")
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("backup", "disk.img"), "Missing option '--to'; see `nbdsrv backup --help`"),
+        (("help",), "No such command 'help'; see `nbdsrv --help`"),
+        (("key", "show"), "No such command 'show'; see `nbdsrv key --help`"),
+        (("serve", "--writ"), "No such option '--writ'. Did you mean '--write'?"),
+    ],
+)
+def test_where_there_is_more_help(arguments: tuple[str, ...], said: str) -> None:
+    assert refusal(USAGE, *arguments) == f"nbdsrv: {said}\n"
 
 
 def test_a_file_whose_name_looks_like_a_kind(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
