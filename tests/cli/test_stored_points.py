@@ -59,6 +59,7 @@ def test_info_of_a_repository(build: Building) -> None:
 def test_a_disk_of_a_point_is_a_source(build: Building, tmp_path: Path) -> None:
     source = _source(build) + "#vm 1/sda@latest"
     facts = json.loads(nbdsrv("info", source, "--json").stdout)
+    assert facts["details"]["created"].endswith("Z"), "as ls shows it, and for every kind"
     assert (facts["size"], facts["hole_bytes"]) == (len(GOLDEN), 2 * CHUNK)
     assert facts["details"]["group"] == "vm 1"
     (since,) = [name for name in facts["contexts"] if name.startswith("nbdsrv:changed-since:")]

@@ -36,6 +36,7 @@ from nbdsrv.repository.native.point import DiskRecord, PointRecord
 from nbdsrv.repository.native.slots import Root
 from nbdsrv.repository.native.spans import SpanStore, Sweeps, spans_of
 from nbdsrv.repository.native.vault import Vault
+from nbdsrv.repository.repository import stamp_of
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ExtentList
 
@@ -124,7 +125,7 @@ class PointDisk(Disk):
             "group": point.group,
             "disk": record.name,
             "point": point.id,
-            "created": point.created,
+            "created": stamp_of(point.created),
             "parent": point.parent,
             "mode": record.mode,
             "reason": record.reason,

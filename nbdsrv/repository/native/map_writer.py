@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from nbdsrv.errors import DiskError, RepositoryError
+from nbdsrv.repository.native.config import MAX_CHUNK
 from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.entry import MAX_CONTENT, Kind, Place
 from nbdsrv.repository.native.hashing import ID_SIZE, ZERO_ID
@@ -88,9 +89,12 @@ class MapWriter:
         self.chunks = -(-size // config.chunk_size)
         self._count = -(-self.chunks // config.page_slots)
         if size > MAX_SIZE or self._count * ROOT_ROW > MAX_CONTENT - (1 << 20):
+            hint = "the largest there are"
+            if config.chunk_size < MAX_CHUNK:
+                hint = "use a repository with a larger --chunk-size"
             raise RepositoryError(
                 f"{vault.name}: a disk of {size} bytes is too large for chunks of"
-                f" {config.chunk_size >> 10} KiB; use a repository with a larger --chunk-size"
+                f" {config.chunk_size >> 10} KiB; {hint}"
             )
         self._open: OrderedDict[int, bytearray] = OrderedDict()
         self._ready: OrderedDict[int, None] = OrderedDict()
