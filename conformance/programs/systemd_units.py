@@ -98,4 +98,4 @@ def configuration(context: Context) -> None:
     taken = text.partition("# [metrics]")[0] + "[metrics]" + hints
     config.write_text(taken.replace("repo:/srv/backup", repository))
     said = context.run(*words, environment=server_environment()).stdout
-    expect_in("1 exports, 1 repositories", said, "what --check says")
+    expect_in("1 export, 1 repository", said, "what --check says")
