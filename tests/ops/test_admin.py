@@ -155,5 +155,5 @@ def test_where_the_socket_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "nbdsrv").mkdir()
     (tmp_path / "nbdsrv" / "admin.sock").write_text("")
     assert find_socket(None, environ) == str(tmp_path / "nbdsrv" / "admin.sock")
-    with pytest.raises(ConfigError, match="name it with --socket"):
+    with pytest.raises(ConfigError, match="say with --socket"):
         find_socket(None, {"XDG_RUNTIME_DIR": str(tmp_path / "none")})
