@@ -51,23 +51,31 @@ async def _open_whole(
         from nbdsrv.source.nbd import open_nbd
 
         return await open_nbd(source.location, workers, writable=writable)
+    if writable:
+        _refuse_writing(source)
     if source.kind is Kind.REPOSITORY:
         return await _open_stored(source, workers, passphrase)
     if source.kind is Kind.HYPERVISOR:
-        return await _open_frozen(source, workers, writable=writable)
+        return await _open_frozen(source, workers)
     path, snapshot, member = await workers.look_up(_selectors, source)
     opening = Opening(workers, writable=writable, snapshot=snapshot, member=member)
     return await open_image(path, source.scheme, opening)
 
 
-async def _open_frozen(source: Source, workers: Workers, *, writable: bool) -> Disk:
+def _refuse_writing(source: Source) -> None:
+    if source.kind is Kind.REPOSITORY:
+        hint = "`nbdsrv serve --overlay DIR` lets clients write beside it"
+        raise DiskError(f"{source.text}: a restore point is only read; {hint}", errno.EROFS)
+    if source.kind is Kind.HYPERVISOR:
+        text = f"{source.text}: a running VM is only read; its disks are its own to write"
+        raise DiskError(text, errno.EROFS)
+
+
+async def _open_frozen(source: Source, workers: Workers) -> Disk:
     """The disk of a VM at this moment, until it is closed; its backups do not notice."""
     from nbdsrv.source.moment import Moment
     from nbdsrv.source.opening import open_hypervisor
 
-    if writable:
-        text = f"{source.text}: a running VM is only read; its disks are its own to write"
-        raise DiskError(text, errno.EROFS)
     moment = await Moment.open(open_hypervisor([source], workers), workers)
     return await moment.only_disk()
 
@@ -91,6 +99,7 @@ async def open_collection(
     name: str,
     prefix: str = "",
     *,
+    writable: bool = False,
     tls_only: bool = False,
     passphrase: Callable[[], str] = passphrase_of,
 ) -> "Collection | None":
@@ -103,12 +112,15 @@ async def open_collection(
         workers: as for ``open_source``.
         name: of the collection, for messages.
         prefix: of the exports' names.
+        writable: refused; what lies under an overlay need not be.
         tls_only: never served in plain text.
         passphrase: asked for that of an encrypted repository.
 
     Raises:
         DiskError: as ``open_source``.
     """
+    if writable:
+        _refuse_writing(source)
     if source.kind is Kind.HYPERVISOR:
         from nbdsrv.export.frozen import FrozenExports
         from nbdsrv.source.opening import open_hypervisor

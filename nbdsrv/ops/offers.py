@@ -233,6 +233,7 @@ class Offers:
                 self._workers,
                 offer.name,
                 offer.prefix,
+                writable=_changes(offer),
                 tls_only=offer.tls_only,
                 passphrase=passphrase,
             )
@@ -265,7 +266,7 @@ class Offers:
         self, offer: Offer, source: Source, passphrase: Callable[[], str]
     ) -> Callable[[], Awaitable[Disk]]:
         return partial(
-            open_source, source, self._workers, writable=offer.write, passphrase=passphrase
+            open_source, source, self._workers, writable=_changes(offer), passphrase=passphrase
         )
 
     @staticmethod

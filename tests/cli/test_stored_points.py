@@ -56,6 +56,12 @@ def test_info_of_a_repository(build: Building) -> None:
     assert re.search(r"^groups +2 \(vm 1, vm2\)$", text, re.MULTILINE)
 
 
+def test_points_are_not_served_for_writing(build: Building) -> None:
+    for selector in ("", "#vm 1", "#vm 1/sda@latest"):
+        said = refusal(1, "serve", "--write", _source(build) + selector)
+        assert "a restore point is only read; `nbdsrv serve --overlay DIR`" in said
+
+
 def test_a_disk_of_a_point_is_a_source(build: Building, tmp_path: Path) -> None:
     source = _source(build) + "#vm 1/sda@latest"
     facts = json.loads(nbdsrv("info", source, "--json").stdout)
