@@ -6,8 +6,8 @@
                   │         └── pack gone: somebody prunes; the index is read anew, once
                   └── not there: headers of packs that no index knows
 
-Nothing is given out whose SHA-256 is not its id. A file of the index that is damaged or missing
-costs time only: what it knew is found by the headers of the packs.
+Nothing is given out whose SHA-256 is not its id. A file of the index that is damaged, missing or
+cannot be read costs time only: what it knew is found by the headers of the packs.
 
 Rule: everything here blocks, in threads. Nothing is written, and restic's locks are not made: a
 ``prune`` meanwhile deletes packs only after it has stored what is still needed elsewhere.
@@ -28,7 +28,7 @@ from nbdsrv.repository.restic.index import (
 )
 from nbdsrv.repository.restic.records import BlobEntry, IndexRecord, decoded
 from nbdsrv.repository.restic.sealed import OVERHEAD, Broken, SealKey, expanded_to, plain_json
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, StoreError
 from nbdsrv.store.tree import Node, Tree
 
 __all__ = ["BlobMissing", "BlobStore", "is_id", "pack_path"]
@@ -63,6 +63,8 @@ class BlobStore:
         tree: where the repository lies.
         key: opens everything in it.
         damaged: files of the index that cannot be used, and why.
+        unread: files of the index that could not be read, and why; they are tried again.
+        unsearched: what could not be looked through for blobs that no index knows, and why.
         generation: changes whenever the index has.
     """
 
@@ -70,6 +72,8 @@ class BlobStore:
         self.tree = tree
         self.key = key
         self.damaged: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.unsearched: list[str] = []
         self.generation = 0
         self._index = Index()
         self._files: frozenset[str] = frozenset()
@@ -92,16 +96,17 @@ class BlobStore:
         """
         with self._lock:
             names = frozenset(node.name for node in self._listed("index"))
-            if names == self._files and self.generation:
-                return
             if self._files <= names and self.generation:
-                self._load(self._index, names - self._files)
+                new, unread = names - self._files, self.unread
+                self.unread = self._load(self._index, new)
+                if new == set(unread) == set(self.unread):
+                    return
             else:
                 index = Index()
                 self.damaged = {}
-                self._load(index, names)
+                self.unread = self._load(index, names)
                 self._index = index
-            self._files = names
+            self._files = names - set(self.unread)
             self._searched = False
             self.generation += 1
 
@@ -114,7 +119,9 @@ class BlobStore:
             raise CorruptImage(f"{text}; at most {MAX_FILES} are read")
         return nodes
 
-    def _load(self, index: Index, names: frozenset[str]) -> None:
+    def _load(self, index: Index, names: frozenset[str]) -> dict[str, str]:
+        """Read files of the index; which of them cannot be read, and why."""
+        unread: dict[str, str] = {}
         superseded: set[str] = set()
         # Names say nothing of order: who supersedes whom is known once all have been looked at. A
         # superseded file only repeats what its successor says, at the cost of memory.
@@ -128,10 +135,11 @@ class BlobStore:
                     index.add(pack.id, pack.blobs)
             except ObjectMissing:
                 continue  # superseded and deleted meanwhile
-            except Broken as error:
+            except (Broken, CorruptImage) as error:
                 self.damaged[f"index/{name}"] = str(error)
-            except CorruptImage as error:
-                self.damaged[f"index/{name}"] = str(error)
+            except StoreError as error:
+                unread[name] = str(error)
+        return unread
 
     def _index_file(self, name: str) -> IndexRecord:
         return decoded(self.document(f"index/{name}", MAX_INDEX, MAX_INDEX_JSON), IndexRecord)
@@ -150,17 +158,28 @@ class BlobStore:
 
     # --- packs ---------------------------------------------------------------------------------
 
-    def pack_files(self) -> Iterator[Node]:
+    def pack_files(self, unread: list[str] | None = None) -> Iterator[Node]:
         """All packs there are.
+
+        Args:
+            unread: takes what is said of directories that cannot be listed; None: they are errors.
 
         Raises:
             StoreError: they cannot be listed.
         """
         for directory in self.tree.entries("data"):
-            if directory.directory:
-                for node in self.tree.entries(f"data/{directory.name}"):
-                    if not node.directory and is_id(node.name):
-                        yield node
+            if not directory.directory:
+                continue
+            try:
+                nodes = self.tree.entries(f"data/{directory.name}")
+            except StoreError as error:
+                if unread is None:
+                    raise
+                unread.append(str(error))
+                continue
+            for node in nodes:
+                if not node.directory and is_id(node.name):
+                    yield node
 
     def pack_blobs(self, node: Node) -> list[BlobEntry]:
         """What a pack itself says it holds.
@@ -184,8 +203,9 @@ class BlobStore:
             if self._searched:
                 return
             self._searched = True
+            self.unsearched = []
             looked = 0
-            for node in self.pack_files():
+            for node in self.pack_files(self.unsearched):
                 if self._index.knows_pack(node.name):
                     continue
                 looked += 1
@@ -193,8 +213,10 @@ class BlobStore:
                     break
                 try:
                     self._index.add(node.name, self.pack_blobs(node))
-                except (Broken, DiskError):
+                except (Broken, ObjectMissing):
                     continue  # it is missed where something in it is wanted
+                except DiskError as error:
+                    self.unsearched.append(str(error))
 
     # --- blobs ---------------------------------------------------------------------------------
 
@@ -213,6 +235,14 @@ class BlobStore:
             self._search()
             found = self._index.places(id_)
         return found
+
+    @property
+    def nowhere(self) -> str:
+        """Said of a blob that was not found."""
+        if not self.unsearched:
+            return "is in no index and in no pack"
+        more = f", and {len(self.unsearched) - 1} more" if len(self.unsearched) > 1 else ""
+        return f"is in no index and no pack that can be read; not read: {self.unsearched[0]}{more}"
 
     def blob(self, id_: bytes) -> bytes:
         """A blob, proven.
@@ -233,8 +263,8 @@ class BlobStore:
     def _blob(self, id_: bytes) -> bytes:
         places = self.places(id_)
         if not places:
-            text = f"corrupt repository: {self.tree.name}: blob {id_.hex()} is in no index"
-            raise BlobMissing(f"{text} and in no pack")
+            text = f"corrupt repository: {self.tree.name}: blob {id_.hex()} {self.nowhere}"
+            raise BlobMissing(text)
         failure: DiskError | None = None
         for place in places:
             try:

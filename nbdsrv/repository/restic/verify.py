@@ -101,6 +101,7 @@ class _Verification:
         self._tell(bad, needed)
         for path, text in self._blobs.damaged.items():
             check.findings.append(Finding(path, None, text, advice=ADVICE))
+        check.unread += [*self._blobs.unread.values(), *self._blobs.unsearched]
         check.objects = len(packs) + len(self._rows)
         self._say_what_is_left(whole=whole)
         return check
@@ -151,7 +152,7 @@ class _Verification:
             if end > begin and pieces.missing is not None:
                 hurt = Hurt(f"{row.group}/{row.point.id}", name)
                 hurt.add(begin, end - begin)
-                text = "the blob is in no index and in no pack"
+                text = f"the blob {self._blobs.nowhere}"
                 key = f"blob {pieces.missing.hex()}"
                 self._check.findings.append(Finding(key, None, text, [hurt], advice=ADVICE))
         return needed

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from hypothesis import strategies as st
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, RepositoryError
 from nbdsrv.repository.pieces import ID_SIZE
+from nbdsrv.store.directory_tree import DirectoryTree
+from nbdsrv.store.store import StoreError
+from nbdsrv.store.tree import MAX_FILE, Node
 from tests.disk.reading import content
 from tests.formats.mutants import INTERESTING, threads
 from tests.repository.restic.forged import Forge
@@ -95,6 +99,64 @@ async def test_without_an_index_the_packs_tell(made: Made, workers: Workers, how
         check = await repository.verify("chunks")
         assert all(finding.key.startswith("index/") for finding in check.findings)
         assert (how == "gone") == (not check.findings)
+
+
+async def test_files_of_the_index_that_cannot_be_read(
+    made: Made, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The medium fails below one, another has grown: the packs tell, and verify says so."""
+    bad, long, *_ = sorted(path.name for path in (made.path / "index").iterdir())
+    os.truncate(made.path / "index" / long, 65 * MIB)
+    read, failing = DirectoryTree.read, True
+
+    def faulty(tree: DirectoryTree, path: str, limit: int = MAX_FILE) -> bytes:
+        if failing and path.endswith(bad):
+            raise StoreError(f"{path}: Input/output error")
+        return read(tree, path, limit)
+
+    monkeypatch.setattr(DirectoryTree, "read", faulty)
+    async with opened(made.path, workers) as repository:
+        for point in await repository.points():
+            assert made.states[point.id][DISK] == await everything(repository, point, DISK)
+        check = await repository.verify("chunks")
+        assert [] == check.findings
+        assert [f"index/{bad}: Input/output error"] == check.unread[:1]
+        assert "more than" in check.unread[1]
+        failing = False  # it is tried again
+        assert 1 == len((await repository.verify("structure")).unread)
+
+
+async def test_packs_that_cannot_be_searched(
+    made: Made, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but what lies in them is lost, and they are named."""
+    async with opened(made.path, workers) as repository:
+        point = await point_of(repository, made.points[0])
+        disk = await repository.open_disk(point, "vm1/other.img")
+        place = disk._blobs.places(disk.pieces.id(0))[0]
+        await disk.close()
+    shutil.rmtree(made.path / "index")
+    entries = DirectoryTree.entries
+
+    def faulty(tree: DirectoryTree, path: str = "") -> Sequence[Node]:
+        if path == f"data/{place.pack[:2]}":
+            raise StoreError(f"{path}: Permission denied")
+        return entries(tree, path)
+
+    monkeypatch.setattr(DirectoryTree, "entries", faulty)
+    async with opened(made.path, workers) as repository:
+        unread = 0
+        for point in await repository.points():
+            for name in (each.name for each in point.disks):
+                try:
+                    data = await everything(repository, point, name)
+                except CorruptImage:
+                    unread += 1
+                else:
+                    assert made.states[point.id][name] == data
+        assert unread
+        with pytest.raises(CorruptImage, match=f"not read: data/{place.pack[:2]}: Permission"):
+            repository._blobs.blob(bytes(32))
 
 
 async def test_a_blob_that_is_nowhere(made: Made, workers: Workers) -> None:
