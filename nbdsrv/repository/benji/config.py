@@ -114,7 +114,8 @@ def load(path: str) -> Configuration:
         text = "reading Benji's configuration needs PyYAML; pip install 'nbdsrv[benji]'"
         raise ConfigError(f"{path}: {text}") from error
     try:
-        with open(path, "rb") as file:
+        # O_NONBLOCK: what lies there may be a pipe.
+        with open(path, "rb", opener=lambda at, how: os.open(at, how | os.O_NONBLOCK)) as file:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_CONFIG:
                 raise ConfigError(f"{path}: no file of at most {MAX_CONFIG} bytes")

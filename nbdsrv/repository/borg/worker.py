@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import stat
@@ -152,6 +153,22 @@ def read_only(base: Any, borg_index: Any, damage: Any, integrity_error: Any) -> 
     return ReadOnly
 
 
+def regular_files_only(damage: Any) -> None:
+    """Give borg's modules an ``open`` that does not wait for the other end of a pipe."""
+    import borg.crypto.file_integrity
+    import borg.repository
+
+    def opener(path: str, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise damage(f"{path}: no regular file")
+        return fd
+
+    for module in (borg.repository, borg.crypto.file_integrity):
+        vars(module)["open"] = functools.partial(open, opener=opener)
+
+
 class Session:
     """One repository."""
 
@@ -176,6 +193,7 @@ class Session:
             raise Refusal("unsupported", text)
         self.integrity_error = (IntegrityError, FileIntegrityError)
         self.damage = IntegrityError
+        regular_files_only(IntegrityError)
         self.make = read_only(Repository, NSIndex, IntegrityError, self.integrity_error)
         self.repository: Any = None
         self.transaction: list[int | None] = []

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import random
 import tracemalloc
 from pathlib import Path
@@ -255,6 +256,13 @@ async def test_links_out_of_the_storage_are_not_followed(tmp_path: Path, workers
     repository = await opened(tmp_path / "data", workers)
     assert await broken_blocks(repository, golden) == {uid: [4] for uid in golden}
     await repository.close()
+
+
+def test_a_pipe_that_is_called_as_the_configuration_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "benji.yaml"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="no file of at most"):
+        load(str(path))
 
 
 @pytest.mark.parametrize(

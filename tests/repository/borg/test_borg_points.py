@@ -253,6 +253,26 @@ async def test_a_lost_segment(archived: Archived, workers: Workers) -> None:
         assert (await repository.verify("packs")).findings
 
 
+@pytest.mark.parametrize("which", ["data", "commit"])
+async def test_a_pipe_in_place_of_a_segment_is_not_waited_for(
+    archived: Archived, workers: Workers, which: str
+) -> None:
+    """It is damage: of what lay in it, or of everything where the last commit did."""
+    segments = [path for path in (archived.path / "data").rglob("*") if path.is_file()]
+    chosen = max(
+        segments, key=lambda path: (which == "data" and path.stat().st_size, int(path.name))
+    )
+    chosen.unlink()
+    os.mkfifo(chosen)
+
+    async def read() -> None:
+        async with opened(archived.path, workers, scheme="borg") as repository:
+            await everything(repository, (await repository.points())[0], DISK)
+
+    with pytest.raises(CorruptImage, match=f"/{chosen.name}: no regular file"):
+        await asyncio.wait_for(read(), 60)
+
+
 # --- the process ---------------------------------------------------------------------------------
 
 
