@@ -2,7 +2,7 @@
 
 ::
 
-    {"mode": "delta",
+    {"mode": "delta", "timestamp": milliseconds, from which the file's own name is made,
      "vm":   {"uuid": .., "name_label": "web"},
      "vdis": {REF: {"uuid": .., "name_label": "root", "virtual_size": ..,
                     "$snapshot_of$uuid": the live VDI}},
@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from nbdsrv.errors import CorruptImage
+from nbdsrv.repository.xo.layout import POINT, stamp_of
 from nbdsrv.repository.xo.remote import Remote
 
 __all__ = ["MAX_JSON", "DiskRecord", "PointRecord", "named", "read_point"]
@@ -34,6 +35,8 @@ MAX_DISKS = 4096
 """Of a point; XAPI has at most 255."""
 MAX_LABEL = 255
 """Characters of a label that are shown."""
+_LAST_MOMENT = 253_402_300_799_000
+"""Milliseconds until the end of the year 9999."""
 _LAST = 1 << 16
 """Stands for the position of a disk that is on no bus."""
 
@@ -107,6 +110,7 @@ class _Point(msgspec.Struct, rename="camel"):
     schedule_id: Any = ""
     size: Any = None
     tags: Any = None
+    timestamp: Any = None
     vm: _Vm | None = None
     vdis: dict[str, _Vdi] | None = None
     vbds: dict[str, _Vbd] | None = None
@@ -122,7 +126,7 @@ def read_point(remote: Remote, path: str) -> PointRecord:
 
     Raises:
         ObjectMissing: it has just been removed.
-        CorruptImage: it is damaged, or leads out of the repository.
+        CorruptImage: it is damaged, another point's, or leads out of the repository.
         StoreError: it cannot be read.
     """
     where = remote.full(path)
@@ -135,6 +139,7 @@ def read_point(remote: Remote, path: str) -> PointRecord:
     if len(said.vhds or ()) > MAX_DISKS:
         raise CorruptImage(f"corrupt repository: {where}: more than {MAX_DISKS} disks")
     xva = remote.beside(path, said.xva) if isinstance(said.xva, str) and said.xva else ""
+    _check_name(where, said, [xva] if xva else [*(said.vhds or {}).values()])
     facts: dict[str, Any] = {
         "mode": _text(said.mode),
         "job": _text(said.job_id),
@@ -152,6 +157,22 @@ def read_point(remote: Remote, path: str) -> PointRecord:
         xva=xva,
         facts=facts,
     )
+
+
+def _check_name(where: str, said: _Point, disks: Sequence[str]) -> None:
+    """Raises CorruptImage if all of it is about another point than the file's name.
+
+    Xen Orchestra makes that name, and those of the disks, from the time in it, and goes by the
+    latter. A file that only the time or only the names speak against is left alone.
+    """
+    moment = _number(said.timestamp)
+    if moment is None or moment > _LAST_MOMENT:
+        return
+    stamp = stamp_of(moment // 1000)
+    names = {disk.rpartition("/")[2].partition(".")[0] for disk in disks}
+    if names == {stamp} and where.rpartition("/")[2] != stamp + POINT:
+        text = f"it is the metadata of {stamp}, under another point's name"
+        raise CorruptImage(f"corrupt repository: {where}: {text}: was it copied or renamed?")
 
 
 def _disks(remote: Remote, path: str, said: _Point) -> Sequence[DiskRecord]:

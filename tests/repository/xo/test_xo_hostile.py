@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.repository.selector import select
+from nbdsrv.repository.xo.layout import time_of
 from nbdsrv.store.store import StoreError
 from tests.cli.program import hidden_from, nbdsrv
 from tests.disk.reading import content
@@ -23,6 +24,8 @@ from tests.repository.xo.made import BLOCK, Layer, Made, bits, disk_uuid
 from tests.repository.xo.opened import contents, opened
 
 A, B = "20260201T000000Z", "20260202T000000Z"
+TIME_OF_B = int(time_of(B) or 0) * 1000
+"""Milliseconds, as the metadata has it."""
 GIB = 1 << 30
 MAX_MEMORY = 300 << 20
 
@@ -120,6 +123,23 @@ async def test_json_of_a_gibibyte_is_not_read(made: Made, workers: Workers) -> N
 async def test_json_that_is_none(made: Made, text: bytes, workers: Workers) -> None:
     (made.root / made.vm() / f"{A}.json").write_bytes(text)
     await refused(made, workers, "")
+
+
+async def test_json_of_another_point(made: Made, workers: Workers) -> None:
+    """Copied from one point's name to another's: the other's content is not served under it."""
+    path, other = (made.root / made.vm() / f"{stamp}.json" for stamp in (A, B))
+    said = {**json.loads(other.read_text()), "timestamp": TIME_OF_B + 999}
+    other.write_text(json.dumps(said))
+    path.write_text(json.dumps(said))
+    await refused(made, workers, f"{A}.json: it is the metadata of {B}, under another point's name")
+
+
+@pytest.mark.parametrize("timestamp", [None, -1, 1e300, "soon", [], TIME_OF_B])
+async def test_a_time_alone_proves_nothing(made: Made, workers: Workers, timestamp: object) -> None:
+    path = made.root / made.vm() / f"{A}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "timestamp": timestamp}))
+    async with opened(made.root, workers) as repository:
+        assert await contents(repository, f"web@{A}") == block(1) + bytes(BLOCK)
 
 
 async def test_numbers_in_json_that_are_none(made: Made, workers: Workers) -> None:
