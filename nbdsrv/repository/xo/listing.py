@@ -51,7 +51,7 @@ class Row:
         path: of its JSON.
         records: its disks, also those that cannot be opened.
         paths: of the disks that can.
-        unread: why its JSON could not be read, which proves no damage.
+        unread: why its JSON or XVA could not be read, which proves no damage.
     """
 
     point: Point
@@ -75,7 +75,7 @@ class _Xva:
     node: Node | None
     disks: tuple[DiskRecord, ...]
     kind: str
-    error: CorruptImage | None = None
+    error: CorruptImage | StoreError | None = None
 
 
 class _Vm:
@@ -278,18 +278,24 @@ class _Vm:
             for disk in xva.disks
         )
         point = Point(stamp, group, time_of(stamp) or 0.0, disks, None, flags, facts)
-        return Row(point, self.uuid, path, xva.disks, {disk.name: disk.path for disk in xva.disks})
+        paths = {disk.name: disk.path for disk in xva.disks}
+        unread = xva.error if isinstance(xva.error, StoreError) else None
+        return Row(point, self.uuid, path, xva.disks, paths, unread)
 
     def _xva(self, path: str) -> _Xva:
         directory, _, name = path.rpartition("/")
         at_home = directory == self._directory
         node = self._nodes.get(name) if at_home else self._remote.tree.find(path)
         known = self._xvas.get(path)
-        if known is None or known.node != node:
+        if known is None or known.node != node or isinstance(known.error, StoreError):
             try:
                 known = _Xva(node, *xva_disks(self._remote, path))
-            except CorruptImage as error:
+            except (CorruptImage, ObjectMissing) as error:  # removed just now, the latter
                 known = _Xva(node, (), "", error)
+            except StoreError as error:
+                if self._remote.tree.distant:
+                    raise
+                known = _Xva(node, (), "", error)  # all other points can be read all the same
             self._xvas[path] = known
         return known
 

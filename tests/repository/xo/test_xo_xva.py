@@ -15,8 +15,10 @@ import zstandard
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage
 from nbdsrv.overlay.description import Description, identity_of
+from nbdsrv.store.directory_tree import DirectoryTree
+from nbdsrv.store.store import StoreError
 from tests.disk.check_disk import check_disk
-from tests.repository.xo.made import Made
+from tests.repository.xo.made import Layer, Made
 from tests.repository.xo.opened import contents, opened, opener
 
 A = "20260201T000000Z"
@@ -197,3 +199,27 @@ async def test_cut_short_or_gone(tmp_path: Path, workers: Workers) -> None:
         path.unlink()
         (point,) = await found.points()
         assert "is missing" in str(point.facts["reason"])
+
+
+async def test_one_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither sound nor damaged for good: the next listing tries again."""
+    repository = made(tmp_path / "xo", archive())
+    repository.point("20260202T000000Z", [Layer("20260202T000000Z", MIB)])
+    read = DirectoryTree.read_range
+
+    def bad_sector(tree: DirectoryTree, path: str, offset: int, length: int) -> bytes:
+        if path.endswith(".xva"):
+            raise StoreError(f"{path}: Input/output error")
+        return read(tree, path, offset, length)
+
+    async with opened(repository.root, workers) as found:
+        with monkeypatch.context() as patched:
+            patched.setattr(DirectoryTree, "read_range", bad_sector)
+            points = await found.points()
+            assert [("damaged",), ()] == [point.flags for point in points]
+            assert bytes(MIB) == await contents(found, "web@20260202T000000Z")
+            done = await found.verify("structure")
+            assert ([], 1) == (done.findings, len(done.unread))
+        assert [(), ()] == [point.flags for point in await found.points()]
