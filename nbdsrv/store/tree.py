@@ -20,14 +20,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nbdsrv.errors import CorruptImage
+from nbdsrv.store.store import StoreError
 
-__all__ = ["MAX_FILE", "Node", "Tree", "check_path", "joined"]
+__all__ = ["MAX_FILE", "Node", "Tree", "check_path", "joined", "readable_entries"]
 
 MAX_FILE = 64 << 20
 """Bytes of a file that is read as a whole, at most, unless the caller says otherwise."""
 MAX_PATH = 4096
 """Characters of a path."""
 MAX_NAME = 255
+LOST_AND_FOUND = "lost+found"
+"""At the root of ext4 file systems; nobody but root may look into it, nor needs to."""
 
 
 class Node(NamedTuple):
@@ -118,6 +121,27 @@ class Tree(ABC):
 
     def close(self) -> None:
         """Give descriptors and connections back; idempotent. Files that are open stay so."""
+
+
+def readable_entries(tree: Tree, path: str, unread: list[str] | None) -> Sequence[Node]:
+    """What one directory of many holds; nothing if it cannot be read, so that it hides no other.
+
+    Args:
+        tree: where it is.
+        path: of the directory.
+        unread: takes what is said of it; None: it is an error after all.
+
+    Raises:
+        StoreError: it cannot be read, and the tree is distant, so that others cannot either.
+    """
+    try:
+        return tree.entries(path)
+    except StoreError as error:
+        if tree.distant or unread is None:
+            raise
+        if path.rpartition("/")[2] != LOST_AND_FOUND:
+            unread.append(str(error))
+        return ()
 
 
 def check_path(name: str, path: str) -> None:

@@ -9,6 +9,7 @@ A head is read once and remembered by name, size and time; listing anew costs a 
 directories.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from nbdsrv.errors import ConfigError, DiskError, NbdsrvError, RepositoryError
 from nbdsrv.repository.benji.objects import META, Objects
 from nbdsrv.repository.benji.versions import Head, read_head, version_path
-from nbdsrv.store.tree import Node
+from nbdsrv.store.tree import Node, readable_entries
 
 __all__ = ["Listing", "Version"]
+
+log = logging.getLogger(__name__)
 
 ROOT = "versions"
 MAX_DEPTH = 16
@@ -57,6 +60,8 @@ class Listing:
         self._known: dict[str, Version] = {}
         self._versions: Sequence[Version] = ()
         self._good_until = 0.0
+        self.unread: Sequence[str] = ()
+        """What is said of directories of versions that could not be looked into."""
 
     def versions(self) -> Sequence[Version]:
         """All of them, by uid. One that is broken has no head.
@@ -105,19 +110,26 @@ class Listing:
             raise RepositoryError(f"{self._objects.tree.name}: {text}")
 
     def _walk(self) -> Iterator[tuple[str, str, Node]]:
+        unread: list[str] = []
         for first in self._objects.tree.entries(ROOT):
             if not first.directory or len(first.name) != 2:
                 continue
-            for second in self._objects.tree.entries(f"{ROOT}/{first.name}"):
+            for second in readable_entries(self._objects.tree, f"{ROOT}/{first.name}", unread):
                 if second.directory and len(second.name) == 2:
-                    yield from self._below(f"{ROOT}/{first.name}/{second.name}", "", 0)
+                    yield from self._below(f"{ROOT}/{first.name}/{second.name}", "", 0, unread)
+        for text in unread:
+            if text not in self.unread:
+                log.warning("benji.unreadable reason=%s", text)
+        self.unread = unread
 
-    def _below(self, root: str, prefix: str, depth: int) -> Iterator[tuple[str, str, Node]]:
-        nodes = self._objects.tree.entries(f"{root}/{prefix}".rstrip("/"))
-        for node in nodes:
+    def _below(
+        self, root: str, prefix: str, depth: int, unread: list[str]
+    ) -> Iterator[tuple[str, str, Node]]:
+        path = f"{root}/{prefix}".rstrip("/")
+        for node in readable_entries(self._objects.tree, path, unread):
             uid = f"{prefix}{node.name}"
             if node.directory:
                 if depth < MAX_DEPTH:
-                    yield from self._below(root, f"{uid}/", depth + 1)
+                    yield from self._below(root, f"{uid}/", depth + 1, unread)
             elif not uid.endswith(META) and version_path(uid) == f"{root}/{uid}":
                 yield uid, f"{root}/{uid}", node

@@ -68,6 +68,8 @@ async def verify(
             advance(min(done + reached, total), total)
         done += version.head.size
         advance(done, total)
+    if wanted is None:
+        run.check.unread += repository.listing.unread
     run.tell_unchecked()
     return run.check
 

@@ -5,6 +5,7 @@
     directory ──> *.caibx, and those one directory below (stores excepted) ──> Entry ──> Point
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,11 @@ from nbdsrv.repository.casync.names import SUFFIX, Name, name_of
 from nbdsrv.repository.casync.stores import SUFFIX as STORE_SUFFIX
 from nbdsrv.repository.repository import DiskFacts, Point
 from nbdsrv.store.store import ObjectMissing
-from nbdsrv.store.tree import Node, Tree
+from nbdsrv.store.tree import Node, Tree, readable_entries
 
 __all__ = ["Entry", "Listing", "Row"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Listing:
         self._only = only
         self._root = os.path.basename(os.path.abspath(tree.name))
         self._known: dict[str, Entry] = {}
+        self.unread: Sequence[str] = ()
+        """What is said of directories that could not be looked into."""
 
     def rows(self, group: str | None = None) -> Sequence[Row]:
         """All points, or those of a group; by group, then from old to new.
@@ -106,12 +111,17 @@ class Listing:
                 found.append((node.name, node))
             elif node.directory and not node.name.endswith(STORE_SUFFIX):
                 below.append(node.name)
+        unread: list[str] = []
         for directory in below:
             found += [
                 (f"{directory}/{node.name}", node)
-                for node in self._tree.entries(directory)
+                for node in readable_entries(self._tree, directory, unread)
                 if not node.directory and node.name.endswith(SUFFIX)
             ]
+        for text in unread:
+            if text not in self.unread:
+                log.warning("casync.unreadable reason=%s", text)
+        self.unread = unread
         return found
 
     def _read(self, path: str, node: Node) -> Entry | None:

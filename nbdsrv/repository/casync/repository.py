@@ -145,7 +145,10 @@ class CasyncRepository(Repository):
         try:
             rows = await self._workers.run(self._chosen, points)
             steps = verify(self._tree, rows, self._stores_of, level, disk, advance)
-            return await in_turns(self._workers, steps)
+            check = await in_turns(self._workers, steps)
+            if points is None:
+                check.unread += self._listing.unread
+            return check
         finally:
             await self._shared.leave()
 

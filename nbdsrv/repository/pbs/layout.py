@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from nbdsrv.errors import RepositoryError
-from nbdsrv.store.tree import Node, Tree
+from nbdsrv.store.tree import Node, Tree, readable_entries
 
 __all__ = [
     "CHUNKS",
@@ -58,11 +58,15 @@ def namespace(group: str) -> str:
     return "/".join(group.split("/")[:-2])
 
 
-def groups(tree: Tree) -> Iterator[str]:
+def groups(tree: Tree, unread: list[str]) -> Iterator[str]:
     """The names of all groups, namespace by namespace. Blocking.
 
+    Args:
+        tree: the datastore.
+        unread: takes what is said of directories that cannot be read.
+
     Raises:
-        StoreError: a directory cannot be read.
+        StoreError: the datastore cannot be read.
         RepositoryError: there are too many namespaces.
     """
     waiting: list[tuple[str, ...]] = [()]
@@ -71,14 +75,15 @@ def groups(tree: Tree) -> Iterator[str]:
         spaces = waiting.pop()
         at = "/".join(f"ns/{space}" for space in spaces)
         below = f"{at}/" if at else ""
-        names = {node.name for node in tree.entries(at) if node.directory}
+        nodes = readable_entries(tree, at, unread) if at else tree.entries()
+        names = {node.name for node in nodes if node.directory}
         for kind in TYPES:
             if kind in names:
-                for node in _directories(tree, below + kind, _NAME):
+                for node in _directories(tree, below + kind, _NAME, unread):
                     yield "/".join((*spaces, kind, node.name))
         if "ns" not in names or len(spaces) == MAX_DEPTH:
             continue
-        inner = _directories(tree, f"{below}ns", _NAME)
+        inner = _directories(tree, f"{below}ns", _NAME, unread)
         count += len(inner)
         if count > MAX_NAMESPACES:
             text = f"{tree.name}: has more than {MAX_NAMESPACES} namespaces; do links lead back?"
@@ -86,15 +91,20 @@ def groups(tree: Tree) -> Iterator[str]:
         waiting += [(*spaces, node.name) for node in reversed(inner)]
 
 
-def snapshots(tree: Tree, path: str) -> Sequence[str]:
-    """The names of a group's snapshots, finished or not, from old to new. Blocking."""
-    return [
-        node.name for node in _directories(tree, path, _SNAPSHOT) if moment(node.name) is not None
-    ]
+def snapshots(tree: Tree, path: str, unread: list[str] | None) -> Sequence[str]:
+    """The names of a group's snapshots, finished or not, from old to new. Blocking.
+
+    ``unread`` takes what is said of the group's directory if it cannot be read; None: StoreError.
+    """
+    nodes = _directories(tree, path, _SNAPSHOT, unread)
+    return [node.name for node in nodes if moment(node.name) is not None]
 
 
-def _directories(tree: Tree, path: str, pattern: re.Pattern[str]) -> Sequence[Node]:
-    return [node for node in tree.entries(path) if node.directory and pattern.fullmatch(node.name)]
+def _directories(
+    tree: Tree, path: str, pattern: re.Pattern[str], unread: list[str] | None
+) -> Sequence[Node]:
+    nodes = readable_entries(tree, path, unread)
+    return [node for node in nodes if node.directory and pattern.fullmatch(node.name)]
 
 
 def moment(snapshot: str) -> float | None:

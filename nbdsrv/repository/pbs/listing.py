@@ -28,7 +28,7 @@ from nbdsrv.repository.pbs.layout import (
 )
 from nbdsrv.repository.pbs.manifest import MAX_MANIFEST, Archive, Manifest, read_manifest
 from nbdsrv.repository.repository import DiskFacts, Point
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, StoreError
 from nbdsrv.store.tree import Node, Tree
 
 __all__ = ["Listing", "Row"]
@@ -70,28 +70,36 @@ class Listing:
         self._known: dict[str, dict[str, tuple[_Seen, Row]]] = {}
         self.unfinished: dict[str, list[str]] = {}
         """Paths of snapshots without a manifest by group, as of the last listing."""
+        self.unread: Sequence[str] = ()
+        """What is said of groups that could not be read when all were last listed."""
 
     def rows(self, group: str | None = None) -> Sequence[Row]:
         """All snapshots, or those of a group; by group, then from old to new.
 
         Raises:
-            StoreError: a directory cannot be read.
+            StoreError: the datastore, or that group, cannot be read.
         """
         if group is not None:
-            return self._group(group)
-        names = sorted(groups(self._tree))
+            return self._group(group, None)
+        unread: list[str] = []
+        names = sorted(groups(self._tree, unread))
         for gone in self._known.keys() - set(names):
             self._known.pop(gone, None)
             self.unfinished.pop(gone, None)
-        return [row for name in names for row in self._group(name)]
+        rows = [row for name in names for row in self._group(name, unread)]
+        for text in unread:
+            if text not in self.unread:
+                log.warning("pbs.unreadable reason=%s", text)
+        self.unread = unread
+        return rows
 
     def groups(self) -> Sequence[str]:
         """The names of those that have a finished snapshot, sorted; no manifest is read.
 
         Raises:
-            StoreError: a directory cannot be read.
+            StoreError: the datastore cannot be read.
         """
-        return sorted(name for name in groups(self._tree) if self._has_points(name))
+        return sorted(name for name in groups(self._tree, []) if self._has_points(name))
 
     def key_of(self, manifest: Manifest) -> CryptKey | None:
         """The key a snapshot was made with, if it is one of ours."""
@@ -106,19 +114,25 @@ class Listing:
         path = group_path(group)
         if path is None:
             return False
-        names = reversed(snapshots(self._tree, path))
+        names = reversed(snapshots(self._tree, path, []))
         return any(self._tree.find(f"{path}/{name}/{MANIFEST}") is not None for name in names)
 
-    def _group(self, group: str) -> Sequence[Row]:
+    def _group(self, group: str, unread: list[str] | None) -> Sequence[Row]:
         path = group_path(group)
         if path is None:
             return []
         before = self._known.get(group, {})
         now: dict[str, tuple[_Seen, Row]] = {}
         unfinished: list[str] = []
-        for name in snapshots(self._tree, path):
+        for name in snapshots(self._tree, path, unread):
             where = f"{path}/{name}"
-            nodes = self._tree.entries(where)
+            try:
+                nodes = self._tree.entries(where)
+            except StoreError as error:
+                if self._tree.distant:
+                    raise
+                now[name] = (), _damaged(group, name, where, (), error)
+                continue
             if all(node.name != MANIFEST for node in nodes):
                 unfinished.append(where)
                 log.debug("pbs.unfinished snapshot=%s", where)
@@ -147,11 +161,7 @@ class Listing:
         except ObjectMissing:
             return None  # pruned meanwhile
         except DiskError as error:
-            facts = {"reason": str(error)}
-            point = Point(
-                name, group, moment(name) or 0, (), flags=("damaged", *flags), facts=facts
-            )
-            return Row(point, path, None, {})
+            return _damaged(group, name, path, flags, error)
         return self._sound(group, name, path, manifest, files, flags)
 
     def _check(self, group: str, name: str, where: str, manifest: Manifest) -> None:
@@ -199,6 +209,12 @@ class Listing:
         )
         point = Point(name, group, moment(name) or 0, disks, flags=flags, facts=facts)
         return Row(point, path, manifest, here)
+
+
+def _damaged(group: str, name: str, path: str, flags: tuple[str, ...], error: DiskError) -> Row:
+    facts = {"reason": str(error)}
+    point = Point(name, group, moment(name) or 0, (), flags=("damaged", *flags), facts=facts)
+    return Row(point, path, None, {})
 
 
 def _facts(group: str, manifest: Manifest, key: CryptKey | None) -> dict[str, Any]:

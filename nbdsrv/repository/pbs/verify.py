@@ -74,6 +74,7 @@ def verify(
     yield from run.chunks(advance)
     if every:
         run.note_unfinished()
+        run.check.unread += listing.unread
     run.tell_unchecked()
     return run.check
 

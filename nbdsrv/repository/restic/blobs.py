@@ -29,7 +29,7 @@ from nbdsrv.repository.restic.index import (
 from nbdsrv.repository.restic.records import BlobEntry, IndexRecord, decoded
 from nbdsrv.repository.restic.sealed import OVERHEAD, Broken, SealKey, expanded_to, plain_json
 from nbdsrv.store.store import ObjectMissing, StoreError
-from nbdsrv.store.tree import Node, Tree
+from nbdsrv.store.tree import Node, Tree, readable_entries
 
 __all__ = ["BlobMissing", "BlobStore", "is_id", "pack_path"]
 
@@ -170,14 +170,7 @@ class BlobStore:
         for directory in self.tree.entries("data"):
             if not directory.directory:
                 continue
-            try:
-                nodes = self.tree.entries(f"data/{directory.name}")
-            except StoreError as error:
-                if unread is None:
-                    raise
-                unread.append(str(error))
-                continue
-            for node in nodes:
+            for node in readable_entries(self.tree, f"data/{directory.name}", unread):
                 if not node.directory and is_id(node.name):
                     yield node
 

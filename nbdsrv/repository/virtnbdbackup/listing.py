@@ -12,6 +12,7 @@ into each directory. What comes is seen, what is gone is dropped.
 """
 
 import html
+import logging
 import os
 import re
 import threading
@@ -28,9 +29,11 @@ from nbdsrv.repository.virtnbdbackup.data_file import (
     read_data_file,
 )
 from nbdsrv.repository.virtnbdbackup.doubt import Logs, LogText, is_log, read_log
-from nbdsrv.store.tree import Node, Tree
+from nbdsrv.store.tree import Node, Tree, readable_entries
 
 __all__ = ["Directory", "Listing"]
+
+log = logging.getLogger(__name__)
 
 MAX_DEPTH = 4
 """Directories below the root: pool/host/vm/month."""
@@ -85,6 +88,8 @@ class Listing:
         self._tree = tree
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
+        self.unread: Sequence[str] = ()
+        """What is said of directories that could not be looked into when all were last listed."""
 
     def directories(self, group: str | None = None) -> Sequence[Directory]:
         """All of them, or that of one group; by name.
@@ -119,6 +124,7 @@ class Listing:
 
     def _walk(self) -> Iterator[tuple[str, Sequence[Node]]]:
         todo = [("", 0)]
+        unread: list[str] = []
         count = 0
         while todo:
             path, depth = todo.pop()
@@ -126,13 +132,17 @@ class Listing:
             if count > MAX_DIRECTORIES:
                 text = f"more than {MAX_DIRECTORIES} directories; name one of them"
                 raise RepositoryError(f"{self._tree.name}: {text}")
-            nodes = self._tree.entries(path)
+            nodes = readable_entries(self._tree, path, unread) if path else self._tree.entries()
             if len(nodes) > MAX_FILES:
                 raise RepositoryError(f"{self._tree.full(path)}: more than {MAX_FILES} files")
             yield path, nodes
             if depth < MAX_DEPTH:
                 below = [n.name for n in nodes if n.directory and n.name != _CHECKPOINTS]
                 todo += [(f"{path}/{name}" if path else name, depth + 1) for name in below]
+        for text in unread:
+            if text not in self.unread:
+                log.warning("virtnbdbackup.unreadable reason=%s", text)
+        self.unread = unread
 
     def _look(self, path: str, nodes: Sequence[Node]) -> Directory:
         known = self._known.get(path)

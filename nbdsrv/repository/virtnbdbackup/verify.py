@@ -77,6 +77,8 @@ async def verify(
     for directory in await repository.directories():
         run.plan(directory, wanted, disk)
     await run.carry_out()
+    if points is None:
+        run.check.unread += repository.listing.unread
     return run.check
 
 
