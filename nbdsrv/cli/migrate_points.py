@@ -104,6 +104,8 @@ async def _migrate_all(
                 continue
             if point.flags and "reason" in point.facts:
                 failed.append(f"part of point {point.id}: {point.facts['reason']}")
-    if not points:
+    if not selector:
+        failed += source.unread
+    if not points and not failed:
         raise RepositoryError(f"{source.name}: has no restore points")
     return done, failed

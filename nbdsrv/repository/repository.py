@@ -125,6 +125,11 @@ class Repository(ABC):
             DiskError: the repository cannot be read.
         """
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return ()
+
     async def groups(self) -> Sequence[str]:
         """The names of all groups that have points, sorted.
 

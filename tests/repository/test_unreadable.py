@@ -10,6 +10,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.store.directory_tree import DirectoryTree
 from nbdsrv.store.store import StoreError
 from nbdsrv.store.tree import Node
+from tests.cli.program import hidden_from, nbdsrv
 from tests.disk.threads import running_workers
 from tests.repository.benji.storage import Storage
 from tests.repository.casync.encoder import written
@@ -90,3 +91,18 @@ async def test_the_others_are_listed(
         assert count - 1 == len(sound), unreadable
         said = [*check.unread, *(finding.text for finding in check.findings)]
         assert [f"{unreadable}: Permission denied"] == said
+
+
+def test_a_migration_that_passes_over_one_is_not_complete(tmp_path: Path) -> None:
+    root, target = tmp_path / "root", f"repo:{tmp_path / 'ours'}"
+    _virtnbdbackup(root)
+    assert nbdsrv("init", target).returncode == 0
+    (root / "two").chmod(0)
+    try:
+        whole = nbdsrv("copy", f"virtnbdbackup:{root}", target, prefix=hidden_from())
+        part = nbdsrv("copy", f"virtnbdbackup:{root}#one", target, prefix=hidden_from())
+    finally:
+        (root / "two").chmod(0o755)
+    assert (3, 0) == (whole.returncode, part.returncode)
+    assert f"not copied: {root}/two: Permission denied" in whole.stderr
+    assert "one@" in whole.stdout

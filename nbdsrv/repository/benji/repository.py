@@ -72,6 +72,11 @@ class BenjiRepository(Repository):
         points.sort(key=lambda point: (point.group, point.created, point.id))
         return [each for each in points if group in {None, each.group}]
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return self.listing.unread
+
     async def open_disk(self, point: Point, name: str) -> Disk:
         """The disk of a version; its list of blocks is read.
 

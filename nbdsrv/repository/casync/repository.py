@@ -64,6 +64,11 @@ class CasyncRepository(Repository):
         """Head and tail of each index are read once, and again when it has changed."""
         return [row.point for row in await self._workers.run(self._listing.rows, group)]
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return self._listing.unread
+
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a point.
 

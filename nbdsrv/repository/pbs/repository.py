@@ -59,6 +59,11 @@ class PbsRepository(Repository):
         """Each manifest is read once, and again when its directory has changed."""
         return [row.point for row in await self._workers.run(self._listing.rows, group)]
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return self._listing.unread
+
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a snapshot; while it is open its directory is locked against pruning.
 

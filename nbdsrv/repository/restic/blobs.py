@@ -257,7 +257,7 @@ class BlobStore:
         places = self.places(id_)
         if not places:
             text = f"corrupt repository: {self.tree.name}: blob {id_.hex()} {self.nowhere}"
-            raise BlobMissing(text)
+            raise BlobMissing(f"{text}; was it pruned meanwhile? `restic check` tells")
         failure: DiskError | None = None
         for place in places:
             try:

@@ -157,6 +157,11 @@ class VirtnbdRepository(Repository):
             facts |= {"new_bytes": file.node.size, "disk_format": "raw"}
         return facts
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return self.listing.unread
+
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a point; its files are looked through when it is first read.
 

@@ -367,8 +367,9 @@ class Listing:
                 except StoreError as error:
                     if self._remote.tree.distant:
                         raise
-                    log.warning("xo.unreadable vm=%s reason=%s", vm.uuid, error)
                     unread.append(str(error))
+                    if unread[-1] not in self.unread:
+                        log.warning("xo.unreadable vm=%s reason=%s", vm.uuid, error)
                     continue
                 if vm.has_points:
                     labels[vm.uuid] = vm.label

@@ -69,6 +69,11 @@ class XoRepository(Repository):
         self._shared.check()
         return await self._workers.run(self._listing.rows, group)
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Why some places were passed over when all points were last listed."""
+        return self._listing.unread
+
     async def open_disk(self, point: Point, name: str) -> Disk:
         """A disk of a point, its whole chain proven anew.
 
