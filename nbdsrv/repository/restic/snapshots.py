@@ -19,7 +19,7 @@ from nbdsrv.repository.repository import DiskFacts, Point
 from nbdsrv.repository.restic.blobs import BlobStore, is_id
 from nbdsrv.repository.restic.records import SnapshotRecord, decoded
 from nbdsrv.repository.restic.sealed import Broken
-from nbdsrv.repository.restic.trees import MIN_DISK, Trees
+from nbdsrv.repository.restic.trees import MIN_DISK, Trees, is_outage
 from nbdsrv.store.store import ObjectMissing
 
 __all__ = ["UNKNOWN", "Row", "Snapshots"]
@@ -42,6 +42,7 @@ class Row:
         record: None if it cannot be read.
         failure: why.
         tried: the index with which its trees were looked at.
+        outage: was it, or one of them, not to be read? Then it is tried with each listing.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     created: float = 0
     failure: str = ""
     tried: int = 0
+    outage: bool = False
     point: Point | None = field(default=None, repr=False)
 
     @property
@@ -87,7 +89,9 @@ class Snapshots:
             self._blobs.refresh()
         rows: dict[str, Row] = {}
         for name in names:
-            row = self._rows.get(name) or self._read(name)
+            row = self._rows.get(name)
+            if row is None or (row.record is None and row.outage):
+                row = self._read(name)
             if row is not None:
                 rows[name] = row
         self._rows = rows
@@ -108,10 +112,9 @@ class Snapshots:
             return None  # forgotten meanwhile
         except (Broken, DiskError) as error:
             where = self._blobs.tree.full(path)
-            known = isinstance(error, DiskError)
-            return Row(
-                name, None, 0, str(error) if known else f"corrupt repository: {where}: {error}"
-            )
+            if isinstance(error, DiskError):
+                return Row(name, None, 0, str(error), outage=is_outage(error))
+            return Row(name, None, 0, f"corrupt repository: {where}: {error}")
 
     def _describe(self, row: Row, shown: dict[str, str]) -> None:
         """Make the point, unless it is known; what was damaged is tried with each new index."""
@@ -119,7 +122,7 @@ class Snapshots:
         point = row.point
         if point is not None and point.id == id_:
             settled = not point.flags or "reason" not in point.facts
-            if settled or row.tried == self._blobs.generation:
+            if settled or (row.tried == self._blobs.generation and not row.outage):
                 return
         row.tried = self._blobs.generation
         row.point = self._point(row, id_, shown)
@@ -132,7 +135,9 @@ class Snapshots:
         try:
             found = self._trees.find(record.tree, self._asked)
         except DiskError as error:
+            row.outage = is_outage(error)
             return _damaged(row, id_, str(error))
+        row.outage = found.outage
         disks = tuple(
             DiskFacts(path, file.size, {"modified": file.modified})
             for path, file in found.files.items()

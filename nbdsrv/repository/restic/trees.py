@@ -24,8 +24,9 @@ from nbdsrv.repository.pieces import ID_SIZE, MisfitError, Pieces
 from nbdsrv.repository.restic.blobs import BlobStore
 from nbdsrv.repository.restic.records import FileNode, TreeNode, content_ids, decoded, unquoted
 from nbdsrv.repository.restic.sealed import Broken
+from nbdsrv.store.store import ObjectMissing
 
-__all__ = ["MIN_DISK", "Found", "ImageFileNode", "Trees"]
+__all__ = ["MIN_DISK", "Found", "ImageFileNode", "Trees", "is_outage"]
 
 T = TypeVar("T")
 
@@ -71,11 +72,18 @@ class Found:
         files: by path, without a slash in front.
         complete: were all directories looked at?
         failure: why some of them cannot be read; "" if all can.
+        outage: may that be otherwise the next time?
     """
 
     files: dict[str, ImageFileNode] = field(default_factory=dict)
     complete: bool = True
     failure: str = ""
+    outage: bool = False
+
+
+def is_outage(error: DiskError) -> bool:
+    """Was something not to be read, which proves no damage?"""
+    return not isinstance(error, CorruptImage | ObjectMissing)
 
 
 class Trees:
@@ -118,6 +126,7 @@ class Trees:
                     below = self._tree(subtree)
                 except DiskError as error:
                     found.failure = found.failure or f"/{path}{name}: {error}"
+                    found.outage = found.outage or is_outage(error)
                     continue
                 waiting.append((f"{path}{name}/", below, depth + 1))
         for wanted in asked:

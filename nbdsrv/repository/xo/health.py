@@ -6,13 +6,14 @@
          '  link  '     '  link  '                  each link once
 
 What is known of a disk holds until its file, or the directory it leads to, has another time or
-size, and while nothing is merged: only a merge writes headers and footers anew.
+size, and while nothing is merged: only a merge writes headers and footers anew. That one could not
+be read is not known: the next listing tries again.
 """
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.repository.xo.chain import (
     MAX_CHAIN,
     Chain,
@@ -68,8 +69,12 @@ class Health:
         self._data = {node.name: node for node in below}
         self.merges = read_merges(self._remote, self._directory, nodes)
         self._links = {}
-        for path in [path for path in self._known if self._node(path) is None]:
-            del self._known[path]
+        self._known = {
+            path: (stamp, found)
+            for path, (stamp, found) in self._known.items()
+            if isinstance(found, DiskFile | CorruptImage | UnsupportedImage)
+            if self._node(path) is not None
+        }
 
     def disk(self, path: str) -> DiskFile:
         """What is known of a disk; its file is closed.

@@ -126,6 +126,31 @@ async def test_files_of_the_index_that_cannot_be_read(
         assert 1 == len((await repository.verify("structure")).unread)
 
 
+@pytest.mark.parametrize("where", ["snapshots/", "data/"])
+async def test_what_could_not_be_read_is_tried_again(
+    made: Made, workers: Workers, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    read, read_range, failing = DirectoryTree.read, DirectoryTree.read_range, True
+
+    def file(tree: DirectoryTree, path: str, limit: int = MAX_FILE) -> bytes:
+        if failing and path.startswith(where):
+            raise StoreError(f"{path}: Stale file handle")
+        return read(tree, path, limit)
+
+    def part(tree: DirectoryTree, path: str, offset: int, length: int) -> bytes:
+        if failing and path.startswith(where):
+            raise StoreError(f"{path}: Stale file handle")
+        return read_range(tree, path, offset, length)
+
+    monkeypatch.setattr(DirectoryTree, "read", file)
+    monkeypatch.setattr(DirectoryTree, "read_range", part)
+    async with opened(made.path, workers) as repository:
+        assert {("damaged",)} == {point.flags for point in await repository.points()}
+        failing = False
+        for point in await repository.points():
+            assert made.states[point.id][DISK] == await everything(repository, point, DISK)
+
+
 async def test_packs_that_cannot_be_searched(
     made: Made, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -434,3 +434,23 @@ async def test_json_that_can_be_read_again(
             patched.setattr(type(repository._remote), "read", _bad_sector)
             assert [point.flags for point in await repository.points()] == [("damaged",)] * 2
         assert [point.flags for point in await repository.points()] == [(), ()]
+
+
+@pytest.mark.parametrize("layout", ["vhd", "brotli"])
+async def test_a_disk_that_can_be_read_again(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """That it could not be is not remembered: its file is as old and as long as before."""
+    made = Made(tmp_path / "xo")
+    made.point(A, [Layer(A, 2 * BLOCK, {0: block(1)}, layout=layout)])
+    made.point(B, [Layer(B, 2 * BLOCK, {1: block(2)}, layout=layout, parent=A)])
+
+    def stale(*_: object) -> bytes:
+        raise StoreError(f"a file: {os.strerror(errno.ESTALE)}", errno.ESTALE)
+
+    async with opened(made.root, workers) as repository:
+        with monkeypatch.context() as patched:
+            patched.setattr("nbdsrv.repository.xo.health.open_disk_file", stale)
+            assert [point.flags for point in await repository.points()] == [("damaged",)] * 2
+        assert [point.flags for point in await repository.points()] == [(), ()]
+        assert await contents(repository, f"web@{B}") == block(1) + block(2)
