@@ -53,12 +53,14 @@ class Row:
         path: of its directory.
         manifest: None if it is damaged.
         archives: of its disks by their names.
+        outage: is it called damaged only because it could not be read?
     """
 
     point: Point
     path: str
     manifest: Manifest | None
     archives: Mapping[str, Archive]
+    outage: bool = False
 
 
 class Listing:
@@ -214,7 +216,7 @@ class Listing:
 def _damaged(group: str, name: str, path: str, flags: tuple[str, ...], error: DiskError) -> Row:
     facts = {"reason": str(error)}
     point = Point(name, group, moment(name) or 0, (), flags=("damaged", *flags), facts=facts)
-    return Row(point, path, None, {})
+    return Row(point, path, None, {}, isinstance(error, StoreError))
 
 
 def _facts(group: str, manifest: Manifest, key: CryptKey | None) -> dict[str, Any]:

@@ -98,6 +98,9 @@ class _Run:
         check, point = self.check, f"{row.point.group}/{row.point.id}"
         check.points += 1
         check.objects += 1
+        if row.outage:
+            check.unread.append(str(row.point.facts["reason"]))
+            return
         if row.manifest is None:
             self._find(f"{row.path}/{MANIFEST}", row.point.facts["reason"], Hurt(point, ""))
             return

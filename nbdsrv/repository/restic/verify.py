@@ -116,6 +116,9 @@ class _Verification:
                 continue
             hurt = Hurt(f"{point.group}/{point.id}", "")
             reason = str(point.facts["reason"])
+            if row.outage:
+                self._check.unread.append(reason)
+                continue
             key = f"snapshots/{row.name}"
             self._check.findings.append(Finding(key, None, reason, [hurt], advice=ADVICE))
 

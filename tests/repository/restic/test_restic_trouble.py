@@ -146,6 +146,9 @@ async def test_what_could_not_be_read_is_tried_again(
     monkeypatch.setattr(DirectoryTree, "read_range", part)
     async with opened(made.path, workers) as repository:
         assert {("damaged",)} == {point.flags for point in await repository.points()}
+        if where == "snapshots/":
+            check = await repository.verify("structure")
+            assert ([], 4) == (check.findings, len(check.unread))
         failing = False
         for point in await repository.points():
             assert made.states[point.id][DISK] == await everything(repository, point, DISK)
