@@ -17,14 +17,14 @@ from typing import Any
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.overlay.block_map import BLOCK, BlockMap
+from nbdsrv.overlay.block_map import BlockMap
 from nbdsrv.overlay.description import FORMAT, Description, check_base
 from nbdsrv.overlay.durability import Durability
 from nbdsrv.overlay.files import Files
 from nbdsrv.overlay.journal import Record
 from nbdsrv.overlay.map_file import DATA_NAME, MAP_NAME, MapFile, Replayed, read_map
 from nbdsrv.overlay.pinning import pin
-from nbdsrv.overlay.place import Place
+from nbdsrv.overlay.place import Place, data_length
 from nbdsrv.overlay.recent import Recent
 
 __all__ = ["Opened", "open_files"]
@@ -71,7 +71,7 @@ class Opened:
             self.data_fd = self.files.open(self._place.fd, DATA_NAME, writable=True)
         except FileNotFoundError as error:
             raise _missing(os.path.join(self.path, DATA_NAME)) from error
-        length = -(-self.description.size // BLOCK) * BLOCK
+        length = data_length(self.description.size)
         if os.fstat(self.data_fd).st_size < length:
             where = os.path.join(self.path, DATA_NAME)
             text = f"corrupt overlay: {where}: is shorter than the disk's {length} bytes"
@@ -181,6 +181,12 @@ def open_files(
         description = place.description()
         if description is None:
             place.check_leftovers()
+            files = files or Files()
+            try:
+                place.check_length(files, base.size)
+            except BaseException:
+                place.let_go(untouched=True)
+                raise
             description = Description(
                 format=FORMAT,
                 id=secrets.token_hex(16),
@@ -190,7 +196,7 @@ def open_files(
                 created=time.time(),
                 base=identity,
             )
-            return Opened(place, description, files or Files())
+            return Opened(place, description, files)
         check_base(description, base, identity, place.path)
         opened = Opened(place, description, files or Files())
         opened.load()

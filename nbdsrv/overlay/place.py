@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.overlay.block_map import BLOCK
 from nbdsrv.overlay.description import Description, decode, encode
 from nbdsrv.overlay.files import Files
 from nbdsrv.overlay.map_file import DATA_NAME, MAP_NAME, write_first_map
@@ -31,6 +32,7 @@ __all__ = [
     "DESCRIPTION_NAME",
     "SOCKET_NAME",
     "Place",
+    "data_length",
     "directory_name",
     "find_overlay",
     "in_use",
@@ -50,7 +52,8 @@ MAX_NAME = 200
 LOCK_TRIES = 10
 LOCK_PAUSE_S = 0.02
 """Who only looks whether an overlay is in use has it for a moment."""
-LEFTOVERS = (f"{DESCRIPTION_NAME}.new", "map.new", MAP_NAME, RECENT_NAME, DATA_NAME)
+PROBE_NAME = "probe"
+LEFTOVERS = (f"{DESCRIPTION_NAME}.new", "map.new", MAP_NAME, RECENT_NAME, DATA_NAME, PROBE_NAME)
 """What may lie in a directory that is no overlay, or not any more."""
 
 
@@ -66,6 +69,11 @@ def directory_name(export: str) -> str:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:32]
     return f"{name[: MAX_NAME - 40]}%~{digest}"
+
+
+def data_length(size: int) -> int:
+    """Bytes of the data file of a disk: whole blocks."""
+    return -(-size // BLOCK) * BLOCK
 
 
 class Place:
@@ -143,7 +151,7 @@ class Place:
         size = description.size
         data = files.create(self.fd, DATA_NAME)
         try:
-            files.truncate(data, -(-size // 4096) * 4096)
+            files.truncate(data, data_length(size))
             files.sync(data)
         finally:
             os.close(data)
@@ -163,6 +171,27 @@ class Place:
                 files.sync(fd)
             finally:
                 os.close(fd)
+
+    def check_length(self, files: Files, size: int) -> None:
+        """Can there be a data file for a disk of ``size`` bytes? Later the guest would be told.
+
+        Raises:
+            DiskError: none that long (EFBIG).
+            OSError: no file at all.
+        """
+        length = data_length(size)
+        probe = files.create(self.fd, PROBE_NAME)
+        try:
+            files.truncate(probe, length)
+        except OSError as error:
+            if error.errno != os_errno.EFBIG:
+                raise
+            what = f"overlay {self.path}: no file may have {length} bytes there, as the disk has"
+            hint = "serve --overlay on another file system: XFS and Btrfs take files of 8 EiB"
+            raise DiskError(f"{what}; {hint}", os_errno.EFBIG) from error
+        finally:
+            os.close(probe)
+            files.unlink(self.fd, PROBE_NAME)
 
     def check_leftovers(self) -> None:
         """Is what lies in a directory without overlay.json of an overlay that never was?
