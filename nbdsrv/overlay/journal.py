@@ -12,8 +12,9 @@ The crc covers the frame and begins with the map's own identity, so that no fram
 another overlay or behind another map.
 
 Rule: what a power cut has torn is the end, since a flush is answered once its frames are on the
-disk, and the next one's come behind them. So a bad frame with two flushes behind it (``goes_on``)
-is no torn end but a damaged file, and what follows must not be cut off.
+disk, and the next one's come behind them; and who opens a journal syncs it first. So a bad frame
+with a later flush's behind it (``goes_on``) is no torn end but a damaged file, and what follows
+must not be cut off.
 """
 
 import zlib
@@ -41,6 +42,7 @@ FRAME_SIZE = _HEAD.size + _CRC.size
 """Bytes of a frame without records."""
 MAX_RECORDS = 1 << 16
 """Of one frame, a megabyte; a flush with more of them writes several."""
+FULL_SIZE = FRAME_SIZE + MAX_RECORDS * _RECORD.size
 MAX_TRIES = 1000
 """Places that look like a frame and are none, of which each may cost a megabyte's crc."""
 
@@ -106,10 +108,9 @@ def goes_on(tail: bytes, number: int, seed: int) -> bool:
     """Has the journal been written to after frame ``number``, which ``tail`` begins with, was on
     the disk?
 
-    That is proven by two frames that follow each other, the first of which ended its flush: it had
-    room for more. One alone may have been on its way together with the bad one.
+    That is proven by any later frame that is whole, unless all from ``number`` up to it are full:
+    those of one flush are, but for its last, and have been on their way together.
     """
-    ended = None  # the crc of the last good frame, if that ended its flush
     at, tries = tail.find(MAGIC, 1), 0
     while at >= 0 and tries < MAX_TRIES:
         size = frame_size(tail[at : at + FRAME_SIZE])
@@ -117,11 +118,9 @@ def goes_on(tail: bytes, number: int, seed: int) -> bool:
         if not size or not _is_whole(data, seed):
             at, tries = tail.find(MAGIC, at + 1), tries + 1
             continue
-        _, count, its_number, its_chain = _HEAD.unpack_from(data)
-        if its_number > number:
-            if its_chain == ended:
-                return True
-            ended = _CRC.unpack_from(data, _HEAD.size)[0] if count < MAX_RECORDS else None
+        its_number = _HEAD.unpack_from(data)[2]
+        if its_number > number and at != (its_number - number) * FULL_SIZE:
+            return True
         at = tail.find(MAGIC, at + size)
     return False
 

@@ -17,6 +17,7 @@ dropped something it had accepted; then nothing may be promised any more.
 """
 
 import contextlib
+import logging
 import os
 import zlib
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from nbdsrv.overlay.journal import (
 from nbdsrv.overlay.states import COPIED, DATA, UNWATCH, WATCH
 
 __all__ = ["DATA_NAME", "MAP_NAME", "MapFile", "Replayed", "read_map", "write_first_map"]
+
+log = logging.getLogger(__name__)
 
 MAP_NAME = "map"
 NEXT_NAME = "map.new"
@@ -231,13 +234,18 @@ class MapFile:
     def open(self) -> None:
         """Open the file and cut off what is torn, before anything is put behind it.
 
+        It is synced: somebody who was killed may have written frames which are not on the disk yet,
+        and what is put behind them must not get there before they do.
+
         Raises:
             OSError: it cannot be opened, cut or synced.
         """
         self._fd = self._files.open(self._directory, MAP_NAME, writable=True)
-        if os.fstat(self._fd).st_size > self._end:
+        torn = os.fstat(self._fd).st_size - self._end
+        if torn > 0:
+            log.warning("overlay.torn map=%s; cut off at %d: %d bytes", self._path, self._end, torn)
             self._files.truncate(self._fd, self._end)
-            self._files.sync(self._fd)
+        self._files.sync(self._fd)
         with contextlib.suppress(FileNotFoundError):
             self._files.unlink(self._directory, NEXT_NAME)
 
