@@ -66,6 +66,7 @@ class Opened:
             CorruptImage, UnsupportedImage: it cannot be used.
             OSError: it cannot be opened.
         """
+        self._place.settle(self.files)
         replayed = replay(self._place.path, self._place.fd, self.description)
         try:
             self.data_fd = self.files.open(self._place.fd, DATA_NAME, writable=True)

@@ -53,7 +53,10 @@ LOCK_TRIES = 10
 LOCK_PAUSE_S = 0.02
 """Who only looks whether an overlay is in use has it for a moment."""
 PROBE_NAME = "probe"
-LEFTOVERS = (f"{DESCRIPTION_NAME}.new", "map.new", MAP_NAME, RECENT_NAME, DATA_NAME, PROBE_NAME)
+LEFTOVERS = (
+    *(DESCRIPTION_NAME, f"{DESCRIPTION_NAME}.new", MAP_NAME, "map.new", RECENT_NAME),
+    *(DATA_NAME, PROBE_NAME),
+)
 """What may lie in a directory that is no overlay, or not any more."""
 
 
@@ -142,7 +145,7 @@ class Place:
         return read_description(self.path, self.fd)
 
     def make(self, files: Files, description: Description) -> None:
-        """Make the overlay: complete and durable, or not there at all.
+        """Make the overlay: complete, or not there at all. Durable after ``settle``.
 
         Raises:
             OSError: it cannot be made.
@@ -164,9 +167,20 @@ class Place:
             os.close(new)
         files.sync(self.fd)
         files.rename(self.fd, f"{DESCRIPTION_NAME}.new", DESCRIPTION_NAME)
+
+    def settle(self, files: Files) -> None:
+        """Make the names that lead to the overlay durable: who made it may have been killed.
+
+        Raises:
+            OSError: that cannot be promised.
+        """
         files.sync(self.fd)
-        for above in (os.path.dirname(self.path) or ".", os.path.dirname(self.path) + "/.."):
-            fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        above = os.path.dirname(self.path)
+        for path in (above, f"{above}/.."):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except PermissionError:
+                continue  # whose it is has made what lies in it
             try:
                 files.sync(fd)
             finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nbdsrv.overlay.files import Files
 
-__all__ = ["Operation", "RecordingFiles", "leave"]
+__all__ = ["Killed", "Operation", "RecordingFiles", "Unsynced", "leave"]
 
 SECTOR = 512
 
@@ -34,57 +34,80 @@ class Operation:
     names: tuple[str, ...] = ()
 
 
+class Unsynced(Files):
+    """For what is only looked at: nothing is waited for."""
+
+    def sync_data(self, fd: int) -> None:
+        """Not at all."""
+
+    def sync(self, fd: int) -> None:
+        """Not at all."""
+
+
+class Killed(Exception):
+    """Whoever is told so must let go of what it has."""
+
+
 @dataclass
 class RecordingFiles(Files):
     """Does it, and writes it down before. One overlay's directory only."""
 
     log: list[Operation] = field(default_factory=list)
+    killed_at: int | None = None
+    """Operations after which the process is no more: nothing is done or written down."""
 
     _numbers: dict[int, int] = field(default_factory=dict)
+
+    def _note(self, operation: Operation) -> None:
+        if self.killed_at is not None and len(self.log) >= self.killed_at:
+            raise Killed
+        self.log.append(operation)
 
     def _inode(self, fd: int) -> int:
         """Of our own: the file system gives the number of a removed file to the next one."""
         return self._numbers[os.fstat(fd).st_ino]
 
     def create(self, directory: int, name: str) -> int:
-        there = name in os.listdir(directory)
+        number = len(self.log) + 1
+        if name in os.listdir(directory):
+            old = os.stat(name, dir_fd=directory).st_ino
+            self._note(Operation("truncate", self._numbers[old]))
+            return super().create(directory, name)
+        self._note(Operation("create", names=(name,), length=number))
         fd = super().create(directory, name)
-        if there:
-            self.log.append(Operation("truncate", self._inode(fd)))
-        else:
-            number = self._numbers[os.fstat(fd).st_ino] = len(self.log) + 1
-            self.log.append(Operation("create", names=(name,), length=number))
+        self._numbers[os.fstat(fd).st_ino] = number
         return fd
 
     def write(self, fd: int, views: Sequence[memoryview | bytes], position: int) -> None:
         data = b"".join(bytes(view) for view in views)
-        self.log.append(Operation("write", self._inode(fd), position, data))
+        self._note(Operation("write", self._inode(fd), position, data))
         super().write(fd, views, position)
 
     def punch(self, fd: int, position: int, length: int) -> None:
-        self.log.append(Operation("punch", self._inode(fd), position, length=length))
+        self._note(Operation("punch", self._inode(fd), position, length=length))
         super().punch(fd, position, length)
 
     def truncate(self, fd: int, length: int) -> None:
-        self.log.append(Operation("truncate", self._inode(fd), length=length))
+        self._note(Operation("truncate", self._inode(fd), length=length))
         super().truncate(fd, length)
 
     def sync_data(self, fd: int) -> None:
+        self._note(Operation("sync", self._inode(fd)))
         super().sync_data(fd)
-        self.log.append(Operation("sync", self._inode(fd)))
 
     def sync(self, fd: int) -> None:
-        super().sync(fd)
         directory = os.path.isdir(f"/proc/self/fd/{fd}")
-        self.log.append(Operation("sync", 0 if directory else self._inode(fd)))
+        self._note(Operation("sync", 0 if directory else self._inode(fd)))
+        super().sync(fd)
 
     def rename(self, directory: int, old: str, new: str) -> None:
-        self.log.append(Operation("rename", names=(old, new)))
+        self._note(Operation("rename", names=(old, new)))
         super().rename(directory, old, new)
 
     def unlink(self, directory: int, name: str) -> None:
+        os.stat(name, dir_fd=directory)
+        self._note(Operation("unlink", names=(name,)))
         super().unlink(directory, name)
-        self.log.append(Operation("unlink", names=(name,)))
 
 
 def leave(log: Sequence[Operation], cut: int, chance: random.Random, directory: Path) -> None:

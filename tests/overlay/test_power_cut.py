@@ -7,6 +7,7 @@ the dirty bitmap; and the overlay must take writes and flushes again.
 
 import asyncio
 import random
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nbdsrv.overlay.overlay import Overlay
 from protocol.extents import ExtentList
 from tests.disk.reading import content
 from tests.overlay.bases import make_base, opener
-from tests.overlay.power_cut import RecordingFiles, leave
+from tests.overlay.power_cut import Killed, RecordingFiles, Unsynced, leave
 
 BLOCK = 4096
 SIZE = 72 * BLOCK + 1500
@@ -56,7 +57,7 @@ class Story:
             elif kind < 0.45:  # several at once, which may meet in a block but not in a byte
                 start = self.chance.randrange(0, SIZE - 4 * 3000)
                 parts = [(start + n * 3000, self.chance.randint(1, 3000)) for n in range(4)]
-                await asyncio.gather(*(self._change(*part) for part in parts))
+                await _together(*(self._change(*part) for part in parts))
             else:
                 offset = self.chance.randrange(SIZE)
                 if self.chance.random() < 0.5:
@@ -101,6 +102,14 @@ class Story:
             await self.disk.write(offset, memoryview(data))
         change.ended = len(self.files.log)
 
+    def answered(self) -> tuple[bytes, list[Change]]:
+        """What must be there although the server was killed, and what may be."""
+        certain = bytearray(self.base)
+        for change in self.changes:
+            if change.ended < 1 << 60:
+                certain[change.offset : change.offset + len(change.data)] = change.data
+        return bytes(certain), [change for change in self.changes if change.ended == 1 << 60]
+
     def allowed(self, cut: int) -> tuple[bytes, list[Change]]:
         """What is certain, and what may be there instead."""
         certain = bytearray(self.base)
@@ -112,6 +121,12 @@ class Story:
             elif change.began <= cut:
                 open_.append(change)
         return bytes(certain), open_
+
+
+async def _together(*work: Coroutine[None, None, None]) -> None:
+    for error in await asyncio.gather(*work, return_exceptions=True):
+        if error is not None:
+            raise error
 
 
 def check_content(found: bytes, certain: bytes, open_: list[Change], what: str) -> None:
@@ -169,10 +184,50 @@ async def test_any_power_cut(
     assert (tmp_path / "base").read_bytes() == base
 
 
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_power_cut_behind_the_back_of_a_server_that_was_killed(
+    tmp_path: Path, workers: Workers, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had written and not synced is what the next one builds upon, and must be durable."""
+    if seed % 2:
+        monkeypatch.setattr(map_file, "MIN_JOURNAL", 200)
+    base = make_base(tmp_path / "base", SIZE, seed=seed)
+    chance = random.Random(seed)
+    for killed_at in (*range(3, 18), *chance.sample(range(18, 90), 5)):
+        live = tmp_path / f"killed{killed_at}"
+        files = RecordingFiles(killed_at=killed_at)
+        open_ = opener(workers, tmp_path / "base", live, files=files)
+        story = Story(await open_(), files, base, seed)
+        with pytest.raises(Killed):
+            await story.tell(100)
+        await _let_go(story.disk)
+        files.killed_at = None
+        story.disk = await open_()
+        check_content(await content(story.disk, 0, SIZE), *story.answered(), "killed")
+        await story.tell(6)
+        await story.disk.flush()
+        story.flushes.append((len(files.log), len(files.log)))
+        await story.disk.write(0, memoryview(b"not flushed"))
+        story.changes.append(Change(story.flushes[-1][0], 1 << 60, 0, b"not flushed"))
+        for cut in sorted(chance.sample(range(killed_at, len(files.log) + 1), 8)):
+            place = tmp_path / f"killed{killed_at}cut{cut}"
+            leave(files.log, cut, chance, place / "disk")
+            await check_left(tmp_path / "base", place, workers, story, cut)
+        await story.disk.close()
+
+
+async def _let_go(disk: Overlay) -> None:
+    """As the kernel does for a process that is killed."""
+    opened = disk._opened
+    opened.made = True
+    opened.close()
+    await disk.base.close()
+
+
 async def check_left(base: Path, place: Path, workers: Workers, story: Story, cut: int) -> None:
     what = f"cut after {cut} operations"
     certain, open_ = story.allowed(cut)
-    left = await opener(workers, base, place)()
+    left = await opener(workers, base, place, files=Unsynced())()
     try:
         found = await content(left, 0, SIZE)
         check_content(found, certain, open_, what)
@@ -190,7 +245,7 @@ async def check_left(base: Path, place: Path, workers: Workers, story: Story, cu
     finally:
         await left.close()
     if cut % 5 == 0:
-        again = await opener(workers, base, place)()
+        again = await opener(workers, base, place, files=Unsynced())()
         try:
             assert await content(again, 0, SIZE) == found, what
         finally:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, UnsupportedImage
 from nbdsrv.export.grammar import parse_source
 from nbdsrv.export.opener import open_source
+from nbdsrv.overlay import journal
 from nbdsrv.overlay.block_map import PAGE_BLOCKS, BlockMap, packed
 from nbdsrv.overlay.facts import overlay_facts
 from nbdsrv.overlay.files import Files
@@ -225,6 +227,29 @@ async def test_a_disk_longer_than_files_may_be_is_refused_before_a_guest_has_it(
     await disk.close()
 
 
+async def test_what_lies_above_need_not_be_readable(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /srv is for a service with a directory of its own in it: each write was refused."""
+    base = make_base(tmp_path / "base", SIZE)
+    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
+    opened = os.open
+
+    def forbidding(path: str, *args: Any, **named: Any) -> int:
+        if path == f"{tmp_path}/ov/..":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **named)
+
+    monkeypatch.setattr(os, "open", forbidding)
+    disk = await open_()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.flush()
+    await disk.close()
+    disk = await open_()
+    assert await content(disk, 0, SIZE) == b"x" * BLOCK + base[BLOCK:]
+    await disk.close()
+
+
 async def test_lost_description_is_no_reason_to_begin_anew(
     tmp_path: Path, workers: Workers
 ) -> None:
@@ -257,9 +282,9 @@ async def test_a_missing_file_is_told_and_the_rest_can_be_dropped(
     assert not missing.parent.exists()
 
 
-@pytest.mark.parametrize("flushes", [1, 2, 3, 20])
+@pytest.mark.parametrize("flushes", [0, 1, 2, 20])
 async def test_a_frame_that_is_damaged_is_no_torn_end(
-    tmp_path: Path, workers: Workers, flushes: int
+    tmp_path: Path, workers: Workers, flushes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Behind the first frame, at which a bit flips, are ``flushes`` more."""
     base = make_base(tmp_path / "base", SIZE)
@@ -277,8 +302,10 @@ async def test_a_frame_that_is_damaged_is_no_torn_end(
         torn = bytearray(kept)
         torn[begin + bit // 8] ^= 1 << bit % 8
         map_.write_bytes(torn)
-        if flushes < 2:  # might have been torn with it
+        if not flushes:  # a power cut may have torn it
+            caplog.clear()
             disk = await open_()
+            assert f"cut off at {begin}: {len(kept) - begin} bytes" in caplog.text
             assert await content(disk, 0, SIZE) == base
             await disk.close()
             continue
@@ -289,6 +316,23 @@ async def test_a_frame_that_is_damaged_is_no_torn_end(
         disk = await open_()
         assert await content(disk, 0, SIZE) == base
         await disk.close()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_frames_of_one_flush_may_be_torn_together(
+    monkeypatch: pytest.MonkeyPatch, *, later: bool
+) -> None:
+    """All but the last are full. What comes behind them was written once they were on the disk."""
+    monkeypatch.setattr(journal, "MAX_RECORDS", 4)
+    monkeypatch.setattr(journal, "FULL_SIZE", journal.FRAME_SIZE + 4 * 16)
+    records = [(at, at + 1, 1) for at in range(0, 40, 2)]
+    tail, crc = b"", 0
+    for number, count in enumerate((4, 4, 2, 1)[: 4 if later else 3], 1):
+        data, crc = journal.frame(records[:count], number, crc, 7)
+        tail += data
+    assert later == journal.goes_on(b"torn" + tail[4:], 1, 7)
+    second = tail[journal.FULL_SIZE :]
+    assert later == journal.goes_on(b"torn" + second[4:], 2, 7)
 
 
 async def test_a_truncated_data_file_is_told(tmp_path: Path, workers: Workers) -> None:
