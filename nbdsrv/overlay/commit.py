@@ -81,6 +81,11 @@ async def frozen_disk(path: str, workers: Workers, contexts: Sequence[str]) -> A
 async def _served(path: str, workers: Workers, contexts: Sequence[str]) -> AsyncIterator[Disk]:
     """By way of the server that has it."""
     socket, directory = os.path.join(path, SOCKET_NAME), -1
+    if not await workers.look_up(os.path.exists, socket):
+        text = f"overlay {path} is in use, and there is no {SOCKET_NAME} to read a moment of it by"
+        raise DiskError(
+            f"{text}: commit when nobody has it (is DIR a file system without sockets?)"
+        )
     if len(os.fsencode(socket)) > MAX_PATH:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         directory = await workers.look_up(os.open, path, flags)

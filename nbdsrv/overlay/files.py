@@ -12,6 +12,7 @@ order, as every ``write`` that has not been followed by a sync.
 Rule: everything here blocks and raises OSError. Any thread may call it.
 """
 
+import errno as os_errno
 import os
 from collections.abc import Sequence
 
@@ -57,8 +58,12 @@ class Files:
         os.fdatasync(fd)
 
     def sync(self, fd: int) -> None:
-        """The same with all metadata; of a directory: its names."""
-        os.fsync(fd)
+        """The same with all metadata; of a directory: its names, if its file system knows how."""
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != os_errno.EINVAL:  # some FUSE, 9p: they keep names as they can
+                raise
 
     def rename(self, directory: int, old: str, new: str) -> None:
         """``old`` takes the place of ``new``, at once."""

@@ -18,6 +18,7 @@ Rule: everything here blocks; any thread may call ``mark``.
 """
 
 import contextlib
+import errno as os_errno
 import logging
 import os
 import re
@@ -106,8 +107,10 @@ class Recent:
         while at < end:
             try:
                 at = os.lseek(self._fd, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: there is nothing more
-                break
+            except OSError as error:
+                if error.errno == os_errno.ENXIO:  # there is nothing more
+                    break
+                # Otherwise holes are not told here, and all of it is looked at.
             data = os.pread(self._fd, min(PIECE, end - at), at)
             if not data:
                 break

@@ -3,12 +3,10 @@
 import errno
 import json
 import os
-import resource
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -205,49 +203,6 @@ async def test_looking_leaves_nothing(tmp_path: Path, workers: Workers) -> None:
     await disk.flush()
     await disk.close()
     assert os.listdir(tmp_path / "ov") == []
-
-
-async def test_a_disk_longer_than_files_may_be_is_refused_before_a_guest_has_it(
-    tmp_path: Path, workers: Workers
-) -> None:
-    """Its first write, and each one after it, had no room for a reason nobody could mend."""
-    make_base(tmp_path / "base", SIZE)
-    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - BLOCK, before[1]))
-    try:
-        with pytest.raises(DiskError, match="another file system") as caught:
-            await open_()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG
-    assert os.listdir(tmp_path / "ov") == []
-    disk = await open_()
-    await disk.write(SIZE - BLOCK, memoryview(b"x" * BLOCK))
-    await disk.close()
-
-
-async def test_what_lies_above_need_not_be_readable(
-    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As /srv is for a service with a directory of its own in it: each write was refused."""
-    base = make_base(tmp_path / "base", SIZE)
-    open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
-    opened = os.open
-
-    def forbidding(path: str, *args: Any, **named: Any) -> int:
-        if path == f"{tmp_path}/ov/..":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return opened(path, *args, **named)
-
-    monkeypatch.setattr(os, "open", forbidding)
-    disk = await open_()
-    await disk.write(0, memoryview(b"x" * BLOCK))
-    await disk.flush()
-    await disk.close()
-    disk = await open_()
-    assert await content(disk, 0, SIZE) == b"x" * BLOCK + base[BLOCK:]
-    await disk.close()
 
 
 async def test_lost_description_is_no_reason_to_begin_anew(
