@@ -81,8 +81,9 @@ class Overlay(WrittenOver):
         """All these blocks are claimed."""
         stretches = list(self.states.stretches(first, stop))
         await self._watch(first, stop)
-        self.enter(first, stop, ZERO)
-        await self._run(self.mark, first, stop, ZERO)
+        async with self.alone():  # or a write that lands meanwhile is marked before, entered behind
+            self.enter(first, stop, ZERO)
+            await self._run(self.mark, first, stop, ZERO)
         held = [(start, end) for start, end, state in stretches if state in IN_FILE]
         if held and punch:
             await self._run(self._punch, held)
