@@ -81,6 +81,8 @@ def drop(paths: tuple[str, ...], *, dry_run: bool, quiet: bool) -> None:
         path = find_overlay(text)
         place = Place.take(path, create=False)
         try:
+            if not dry_run:
+                place.take_back()
             facts = overlay_facts(path, mine=True, damaged_too=True)
             if not dry_run:
                 place.remove()

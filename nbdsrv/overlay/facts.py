@@ -15,7 +15,7 @@ from nbdsrv.overlay.block_map import BLOCK_BITS
 from nbdsrv.overlay.description import Description
 from nbdsrv.overlay.map_file import DATA_NAME, MAP_NAME
 from nbdsrv.overlay.opened import replay
-from nbdsrv.overlay.place import in_use, owner_of, read_description
+from nbdsrv.overlay.place import DROPPED_NAME, in_use, owner_of, read_description
 from nbdsrv.overlay.states import COPIED, DATA, ZERO
 
 __all__ = ["OverlayFacts", "overlay_facts"]
@@ -67,6 +67,9 @@ def overlay_facts(path: str, *, mine: bool = False, damaged_too: bool = False) -
         raise DiskError.from_os(f"overlay {path}", error) from error
     try:
         description = read_description(path, fd)
+        if description is None and os.path.lexists(os.path.join(path, DROPPED_NAME)):
+            text = f"{path}: was dropped, but not to the end; `nbdsrv overlay drop` goes on"
+            raise CorruptImage(text)
         if description is None:
             raise PointMissing(f"{path}: is no overlay; `nbdsrv overlay ls DIR` shows them")
         counts = _counts(path, fd, description, damaged_too=damaged_too)

@@ -30,6 +30,7 @@ from nbdsrv.overlay.recent import RECENT_NAME
 
 __all__ = [
     "DESCRIPTION_NAME",
+    "DROPPED_NAME",
     "SOCKET_NAME",
     "Place",
     "data_length",
@@ -55,7 +56,7 @@ LOCK_PAUSE_S = 0.02
 PROBE_NAME = "probe"
 LEFTOVERS = (
     *(DESCRIPTION_NAME, f"{DESCRIPTION_NAME}.new", MAP_NAME, "map.new", RECENT_NAME),
-    *(DATA_NAME, PROBE_NAME),
+    *(DATA_NAME, PROBE_NAME, DROPPED_NAME),
 )
 """What may lie in a directory that is no overlay, or not any more."""
 
@@ -229,6 +230,11 @@ class Place:
             with contextlib.suppress(FileNotFoundError):
                 files.unlink(self.fd, name)
 
+    def take_back(self) -> None:
+        """Have a description again where ``remove`` was cut short. Raises OSError."""
+        if not os.path.lexists(os.path.join(self.path, DESCRIPTION_NAME)):
+            Files().rename(self.fd, DROPPED_NAME, DESCRIPTION_NAME)
+
     def remove(self) -> None:
         """Remove the overlay, in our hands as it is. Raises OSError.
 
@@ -239,7 +245,7 @@ class Place:
             files.rename(self.fd, DESCRIPTION_NAME, DROPPED_NAME)
             files.sync(self.fd)
         self.clear(files)
-        for name in (SOCKET_NAME, DROPPED_NAME, OWNER_NAME):
+        for name in (SOCKET_NAME, OWNER_NAME):
             with contextlib.suppress(FileNotFoundError):
                 files.unlink(self.fd, name)
         os.rmdir(self.path)
@@ -338,8 +344,14 @@ def overlays_in(directory: str) -> Iterator[str]:
         raise DiskError.from_os(directory, error) from error
     for name in names:
         path = os.path.join(directory, name)
-        if os.path.lexists(os.path.join(path, DESCRIPTION_NAME)):
+        if _is_overlay(path):
             yield path
+
+
+def _is_overlay(path: str) -> bool:
+    """Is there one at ``path``, or what is left of one that was dropped?"""
+    names = (DESCRIPTION_NAME, DROPPED_NAME)
+    return any(os.path.lexists(os.path.join(path, name)) for name in names)
 
 
 def find_overlay(text: str) -> str:
@@ -349,12 +361,12 @@ def find_overlay(text: str) -> str:
         DiskError: there is none.
     """
     path = text.rstrip("/") or text
-    if os.path.isdir(path):
+    if _is_overlay(path):
         return path
     at = path.find("/", 1)
     while at > 0:
         candidate = os.path.join(path[:at], directory_name(path[at + 1 :]))
-        if os.path.lexists(os.path.join(candidate, DESCRIPTION_NAME)):
+        if _is_overlay(candidate):
             return candidate
         at = path.find("/", at + 1)
     raise DiskError(f"{text}: no such overlay; `nbdsrv overlay ls DIR` shows them", os_errno.ENOENT)

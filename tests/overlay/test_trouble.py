@@ -290,6 +290,31 @@ def test_frames_of_one_flush_may_be_torn_together(
     assert later == journal.goes_on(b"torn" + second[4:], 2, 7)
 
 
+@pytest.mark.parametrize("gone", [(), ("map",), ("map", "data")])
+async def test_a_drop_that_was_cut_short_can_be_finished(
+    tmp_path: Path, workers: Workers, gone: Sequence[str]
+) -> None:
+    """It was not listed, took its space, and its point stayed pinned."""
+    make_base(tmp_path / "base", SIZE)
+    disk = await opener(workers, tmp_path / "base", tmp_path / "ov")()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.close()
+    path = tmp_path / "ov" / "disk"
+    (path / "overlay.json").rename(path / "overlay.json.dropped")
+    for name in gone:
+        (path / name).unlink()
+    nbdsrv("overlay", "ls", str(tmp_path / "ov"), code=3)
+    assert "was dropped, but not to the end" in nbdsrv("overlay", "info", str(path), code=1)
+    nbdsrv("overlay", "drop", str(path))
+    assert os.listdir(tmp_path / "ov") == []
+
+
+def test_a_directory_that_is_no_overlay_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "owner").write_text("of something else")
+    assert "no such overlay" in nbdsrv("overlay", "drop", str(tmp_path), code=1)
+    assert (tmp_path / "owner").read_text() == "of something else"
+
+
 async def test_a_truncated_data_file_is_told(tmp_path: Path, workers: Workers) -> None:
     make_base(tmp_path / "base", SIZE)
     open_ = opener(workers, tmp_path / "base", tmp_path / "ov")
