@@ -438,5 +438,9 @@ def test_an_overlay_is_found_by_its_exports_name(tmp_path: Path) -> None:
     (path / "overlay.json").write_text("{}")
     assert find_overlay(f"{tmp_path}/ov/vm1/sda@latest") == str(path)
     assert find_overlay(f"{path}/") == str(path)
+    dots = tmp_path / "ov" / directory_name("..")  # not the directory above
+    dots.mkdir()
+    (dots / "overlay.json").write_text("{}")
+    assert find_overlay(f"{tmp_path}/ov/..") == str(dots)
     with pytest.raises(DiskError, match="no such overlay"):
         find_overlay(f"{tmp_path}/ov/vm1/sdb@latest")
