@@ -90,11 +90,14 @@ def trace(vault: Vault, census: Census, bad: BadPlaces) -> None:
     Raises:
         StoreError: the store does not answer.
     """
-    points, _ = vault.points()
+    objects = vault.point_objects()
     census.recount()  # what was committed meanwhile leads into packs that are newer
     tracer = _Tracer(vault, census, bad)
     with _looked_up(vault, census):
-        for record in points:
+        for _, record in vault.read_points(objects):
+            if not isinstance(record, PointRecord):
+                damage_of(record)  # told already
+                continue
             for disk in record.disks:
                 tracer.disk(record, disk)
 

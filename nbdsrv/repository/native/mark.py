@@ -22,21 +22,20 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.abreast import abreast, threads_for
 from nbdsrv.repository.native.census import THREADS, Census
 from nbdsrv.repository.native.damage import damage_of, is_outage
 from nbdsrv.repository.native.entries import key_of
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.pack import HEADER_SIZE, RECORD_SIZE, TRAILER_SIZE
-from nbdsrv.repository.native.point import Ref
-from nbdsrv.repository.native.slots import Page, Root
+from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref
+from nbdsrv.repository.native.slots import SLOT, Page, Root
 from nbdsrv.repository.native.vault import Vault
-from nbdsrv.store.store import ObjectMissing, StoreError
+from nbdsrv.store.store import ObjectMissing, Stored, StoreError
 
-__all__ = ["Live", "Mark", "Marker", "Missing", "mark"]
+__all__ = ["Live", "Mapped", "Mark", "Marker", "Missing", "mark"]
 
-AT_ONCE = 64
-"""Pages that are read ahead, 24 KiB each."""
 FRAME = HEADER_SIZE + TRAILER_SIZE
 MAX_TOLD = 100
 """Of what is missing, how much is remembered; all is counted."""
@@ -116,18 +115,53 @@ def mark(vault: Vault, census: Census, shunned: AbstractSet[bytes]) -> Mark:
     """
     objects = vault.point_objects()
     census.recount()
-    with ThreadPoolExecutor(THREADS, "nbdsrv-mark") as threads:
+    with ThreadPoolExecutor(threads_for(vault.store, THREADS), "nbdsrv-mark") as threads:
         marker = Marker(vault, census, shunned, threads)
-        marker.walk([stored.key for stored in objects])
+        marker.walk(objects)
     return marker.found
+
+
+class Mapped(NamedTuple):
+    """A disk of a point, whose map is walked.
+
+    Attributes:
+        key: of the point's object.
+        point: ``group/ulid``.
+        disk: what the point says of it.
+        fresh: is its root none that was walked before?
+    """
+
+    key: str
+    point: str
+    disk: DiskRecord
+    fresh: bool
+
+
+class PageOf(NamedTuple):
+    """A page of a map that is to be read; no number: the end of that map."""
+
+    mapped: Mapped
+    root: Root | None
+    number: int | None
+
+    @property
+    def bytes(self) -> int:
+        """What it keeps in memory until its turn comes, about."""
+        if self.number is None or self.root is None:
+            return self.mapped.disk.root.length
+        return self.root.page_slots * SLOT.size
 
 
 class Marker:
     """The walk through all maps. Who verifies them looks closer: see ``verify_maps``.
 
+    ::
+
+        points ── disks ── roots ── pages ── slots       each read ahead of what comes behind it,
+                                                         and looked at in the order of the points
+
     Attributes:
         found: so far.
-        where: ``group/ulid`` and the disk whose map is being walked.
     """
 
     def __init__(
@@ -142,16 +176,114 @@ class Marker:
         self._pages: set[bytes] = set()
         self._doubtful: set[bytes] = set()
         self._moved: set[bytes] = set()
-        self.where = "", ""
         self.found = Mark()
 
-    def walk(self, keys: Iterable[str]) -> None:
+    def walk(self, objects: Iterable[Stored]) -> None:
         """All that these points refer to. Count the packs again after listing the points."""
         self._good = frozenset(self._census.packs.keys() - self._shunned)
+        wanted = self._wanted(objects)
         with self._looking_everywhere():
-            for key in keys:
-                self.point(key)
+            for each, page in abreast(self._threads, self._read, wanted, lambda each: each.bytes):
+                if isinstance(page, DiskError):
+                    self._lose(page)
+                elif page is not None:
+                    self._slots(each.mapped, page)
+                if each.number is None:
+                    self.walked(each.mapped, each.root)
         self.settle_doubtful()
+
+    def _wanted(self, objects: Iterable[Stored]) -> Iterator[PageOf]:
+        """The pages of these points that no page before them was, map by map."""
+        afar = self._threads if self._vault.store.distant else None
+        disks = self._mapped(objects)
+        for mapped, root in abreast(afar, self._root_of, disks, lambda each: each.disk.root.length):
+            if isinstance(root, DiskError):
+                self._lose(root)
+                continue
+            if root is not None:
+                for number, id_, place in root.pages.places():
+                    self._settle_map(mapped, Kind.PAGE, id_, place)
+                    if id_ not in self._pages:
+                        self._pages.add(id_)
+                        yield PageOf(mapped, root, number)
+            yield PageOf(mapped, root, None)
+
+    def _mapped(self, objects: Iterable[Stored]) -> Iterator[Mapped]:
+        """The disks of these points."""
+        afar = self._threads if self._vault.store.distant else None
+        for stored, record in abreast(afar, self._point, objects, lambda stored: stored.size):
+            if isinstance(record, ObjectMissing):
+                continue  # pruned meanwhile
+            if isinstance(record, DiskError):
+                self.lost_point(stored.key, record)
+                continue
+            for disk in self.disks_of(record):
+                fresh = disk.root.id not in self._roots
+                self._roots.add(disk.root.id)
+                mapped = Mapped(stored.key, f"{record.group}/{record.id}", disk, fresh)
+                self._settle_map(mapped, Kind.ROOT, bytes.fromhex(disk.root.id), disk.root.place)
+                yield mapped
+
+    def _point(self, stored: Stored) -> PointRecord | DiskError:
+        try:
+            return self.point(stored.key)
+        except DiskError as error:
+            return error
+
+    def _root_of(self, mapped: Mapped) -> Root | DiskError | None:
+        return self.root(mapped.disk.root) if mapped.fresh else None
+
+    def _read(self, each: PageOf) -> Page | DiskError | None:
+        if each.number is None or each.root is None:
+            return None
+        return self.page(each.root, each.number)
+
+    def _lose(self, error: DiskError) -> None:
+        """A root or page that cannot be read."""
+        if isinstance(error, CorruptImage):
+            self.found.damage.append(error)
+
+    # --- what who verifies does otherwise --------------------------------------------------------
+
+    def point(self, key: str) -> PointRecord:
+        """The point in that object; called by many threads, as ``root`` and ``page``."""
+        return self._vault.point(key)
+
+    def lost_point(self, key: str, error: DiskError) -> None:
+        """A point cannot be read.
+
+        Raises:
+            DiskError: that may be the store's fault.
+        """
+        if not isinstance(error, CorruptImage):
+            raise error
+        if isinstance(error.__cause__, StoreError) and is_outage(error, self._vault.store):
+            raise error.__cause__ from error
+        self.found.damage.append(error)
+
+    def disks_of(self, record: PointRecord) -> Iterable[DiskRecord]:
+        """The disks of a point whose maps are to be walked."""
+        self.found.points += 1
+        return record.disks
+
+    def walked(self, mapped: Mapped, root: Root | None) -> None:
+        """All pages of a disk's map have been seen; ``root`` where it is fresh."""
+
+    def root(self, ref: Ref) -> Root | DiskError:
+        """The map of a disk, or why it cannot be read."""
+        try:
+            return self._vault.root(ref)
+        except DiskError as error:
+            return self._damage(error, ref.place)
+
+    def page(self, root: Root, number: int) -> Page | DiskError:
+        """A page of it, likewise."""
+        try:
+            return self._vault.page(root, number)
+        except DiskError as error:
+            return self._damage(error, root.pages.place(number))
+
+    # --- marking ---------------------------------------------------------------------------------
 
     @contextmanager
     def _looking_everywhere(self) -> Iterator[None]:
@@ -175,65 +307,7 @@ class Marker:
                 if place.pack in self._census.packs:
                     self._mark(id_, place)
 
-    def point(self, key: str) -> None:
-        """All that one point refers to."""
-        try:
-            record = self._vault.point(key)
-        except ObjectMissing:
-            return  # pruned meanwhile
-        except CorruptImage as error:
-            if isinstance(error.__cause__, StoreError) and is_outage(error, self._vault.store):
-                raise error.__cause__ from error
-            self.found.damage.append(error)
-            return
-        self.found.points += 1
-        for disk in record.disks:
-            self.where = f"{record.group}/{record.id}", disk.name
-            self.disk(disk.root)
-
-    def disk(self, ref: Ref) -> None:
-        """All that one disk refers to."""
-        self._settle_map(Kind.ROOT, bytes.fromhex(ref.id), ref.place)
-        if ref.id in self._roots:
-            return
-        self._roots.add(ref.id)
-        root = self.root(ref)
-        if isinstance(root, CorruptImage):
-            self.found.damage.append(root)
-            return
-        fresh: list[int] = []
-        for number, id_, place in root.pages.places():
-            self._settle_map(Kind.PAGE, id_, place)
-            if id_ not in self._pages:
-                self._pages.add(id_)
-                fresh.append(number)
-                if len(fresh) == AT_ONCE:
-                    self._read(root, fresh)
-                    fresh = []
-        self._read(root, fresh)
-
-    def _read(self, root: Root, numbers: list[int]) -> None:
-        for page in self._threads.map(lambda number: self.page(root, number), numbers):
-            if isinstance(page, CorruptImage):
-                self.found.damage.append(page)
-            else:
-                self._slots(page)
-
-    def root(self, ref: Ref) -> Root | CorruptImage:
-        """The map of a disk, or why it cannot be read."""
-        try:
-            return self._vault.root(ref)
-        except DiskError as error:
-            return self._damage(error, ref.place)
-
-    def page(self, root: Root, number: int) -> Page | CorruptImage:
-        """A page of it, likewise; called by many threads."""
-        try:
-            return self._vault.page(root, number)
-        except DiskError as error:
-            return self._damage(error, root.pages.place(number))
-
-    def _damage(self, error: DiskError, place: Place) -> CorruptImage:
+    def _damage(self, error: DiskError, place: Place) -> DiskError:
         """What a map that cannot be read suffers from.
 
         Raises:
@@ -250,10 +324,10 @@ class Marker:
         """What is remembered of an entry that is referred to, as ``Live`` has it."""
         return offset << 32 | clen
 
-    def _slots(self, page: Page) -> None:
+    def _slots(self, mapped: Mapped, page: Page) -> None:
         if not self._good.issuperset(page.names):
             for _, id_, place in page.places():
-                self._settle(Kind.CHUNK, id_, place, page.step)
+                self._settle(mapped, Kind.CHUNK, id_, place, page.step)
             return
         rows: list[list[int]] = [[] for _ in page.names]
         row = self.row
@@ -264,12 +338,14 @@ class Marker:
             if found:
                 self._live(name, page.step).add(found)
 
-    def _settle_map(self, kind: Kind, id_: bytes, place: Place) -> None:
+    def _settle_map(self, mapped: Mapped, kind: Kind, id_: bytes, place: Place) -> None:
         if place.pack not in self._census.packs:
             self._moved.add(id_)
-        self._settle(kind, id_, place)
+        self._settle(mapped, kind, id_, place)
 
-    def _settle(self, kind: Kind, id_: bytes, place: Place, row_size: int = RECORD_SIZE) -> None:
+    def _settle(
+        self, mapped: Mapped, kind: Kind, id_: bytes, place: Place, row_size: int = RECORD_SIZE
+    ) -> None:
         """Mark where an id lives."""
         if place.pack in self._good:
             self._mark(id_, place, row_size)
@@ -291,7 +367,8 @@ class Marker:
         if not places:
             self.found.missing_count += 1
             if len(self.found.missing) < MAX_TOLD:
-                self.found.missing.append(Missing(*self.where, key_of(kind, place.pack)))
+                key = key_of(kind, place.pack)
+                self.found.missing.append(Missing(mapped.point, mapped.disk.name, key))
 
     def _mark(self, id_: bytes, place: Place, row_size: int = RECORD_SIZE) -> None:
         self._live(place.pack, row_size).add((self.row(id_, *place[1:]),))

@@ -21,7 +21,7 @@ from nbdsrv.repository.native.pins import Pin, pins
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.retention import Candidate, Rules, decide
-from nbdsrv.store.store import ObjectMissing, Stored
+from nbdsrv.store.store import Stored
 
 __all__ = ["DamagedPoint", "Fate", "Pruned", "prune"]
 
@@ -105,17 +105,13 @@ def prune(
     """
     done = Pruned()
     by_group: dict[str, list[PointRecord]] = {}
-    for stored in vault.point_objects(group):
-        try:
-            record = vault.point(stored.key)
-        except ObjectMissing:
-            continue
-        except CorruptImage as error:
-            if is_outage(error, vault.store):
-                raise
-            done.damaged.append(DamagedPoint(stored.key, str(error)))
-            continue
-        by_group.setdefault(record.group, []).append(record)
+    for stored, record in vault.read_points(vault.point_objects(group)):
+        if isinstance(record, PointRecord):
+            by_group.setdefault(record.group, []).append(record)
+        elif not isinstance(record, CorruptImage) or is_outage(record, vault.store):
+            raise record
+        else:
+            done.damaged.append(DamagedPoint(stored.key, str(record)))
     for name, records in sorted(by_group.items()):
         done.fates[name] = _fates(records, rules, zone)
     if dry_run:

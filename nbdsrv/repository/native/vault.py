@@ -14,10 +14,12 @@ import errno as os_errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from nbdsrv.errors import CorruptImage, RepositoryError
+from nbdsrv.errors import CorruptImage, DiskError, RepositoryError
+from nbdsrv.repository.native.abreast import THREADS_AFAR, abreast
 from nbdsrv.repository.native.config import RepositoryConfig
 from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.entries import Entries
@@ -176,28 +178,56 @@ class Vault:
             CorruptImage: it is damaged.
             ObjectMissing: it has been pruned.
         """
+        return self.decoded_point(key, self.point_data(key))
+
+    def point_data(self, key: str) -> bytes:
+        """The bytes of that object. Raises as ``point``."""
         try:
-            data = self.store.get(key, MAX_POINT)
+            return self.store.get(key, MAX_POINT)
         except StoreError as error:
             # One bad sector must not hide all the other points.
             if error.errno in _DAMAGED:
                 blame = "" if is_outage(error, self.store) else "corrupt repository: "
                 raise CorruptImage(f"{blame}{error}") from error
             raise
+
+    def decoded_point(self, key: str, data: bytes) -> PointRecord:
+        """The point in these bytes. Raises CorruptImage if they are damaged."""
         return decode_point(key, data, self.repository, self.sealing, self.hashing)
 
     def points(self, group: str | None = None) -> tuple[list[PointRecord], list[CorruptImage]]:
         """All points that can be read, and what is wrong with the others."""
         found: list[PointRecord] = []
         damaged: list[CorruptImage] = []
-        for stored in self.point_objects(group):
-            try:
-                found.append(self.point(stored.key))
-            except ObjectMissing:
-                continue  # pruned meanwhile
-            except CorruptImage as error:
-                damaged.append(error)
+        for _, each in self.read_points(self.point_objects(group)):
+            if isinstance(each, PointRecord):
+                found.append(each)
+            elif isinstance(each, CorruptImage):
+                damaged.append(each)
+            else:
+                raise each
         return found, damaged
+
+    def read_points(
+        self, objects: Iterable[Stored]
+    ) -> Iterator[tuple[Stored, PointRecord | DiskError]]:
+        """The points in these objects, in their order, or why one cannot be read.
+
+        Those that have been pruned meanwhile are left out. Of a distant store many are read at a
+        time.
+        """
+
+        def read(stored: Stored) -> PointRecord | DiskError:
+            try:
+                return self.point(stored.key)
+            except DiskError as error:
+                return error
+
+        with ThreadPoolExecutor(THREADS_AFAR, "nbdsrv-points") as threads:
+            afar = threads if self.store.distant else None
+            for stored, found in abreast(afar, read, objects, lambda stored: stored.size):
+                if not isinstance(found, ObjectMissing):
+                    yield stored, found
 
     # --- maps and chunks -----------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from nbdsrv.repository.native.abreast import threads_for
 from nbdsrv.repository.native.boot_trace import useless_traces
 from nbdsrv.repository.native.census import THREADS, Census
 from nbdsrv.repository.native.damage import Finding, Note
@@ -157,7 +158,7 @@ class _Run:
         self._saved = self._began
         self._scrubbing = Scrubbing(vault.store)
         self._census = Census(vault)
-        self._threads = ThreadPoolExecutor(THREADS, "nbdsrv-verify")
+        self._threads = ThreadPoolExecutor(threads_for(vault.store, THREADS), "nbdsrv-verify")
         self._walk = MapWalk(vault, self._census, self._threads, chosen or all_disks)
         self.done = Verified(level)
 
@@ -169,9 +170,9 @@ class _Run:
         with self._threads:
             if not self._keyless:
                 self._tell("maps")
-                keys = [stored.key for stored in self._vault.point_objects()]
+                objects = self._vault.point_objects()
                 census.recount()
-                walk.walk(keys)
+                walk.walk(objects)
         done.points, done.disks = walk.found.points, walk.disks
         self._tell("directories")
         packs = self._packs()

@@ -13,6 +13,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.native.census import Census, Row
@@ -22,14 +23,14 @@ from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.hurt import BadPlaces
 from nbdsrv.repository.native.layout import pack_of
-from nbdsrv.repository.native.mark import Marker
+from nbdsrv.repository.native.mark import Mapped, Marker
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
     TRAILER_SIZE,
     Listed,
     row_size,
 )
-from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref
+from nbdsrv.repository.native.point import DiskRecord, PointRecord, Ref
 from nbdsrv.repository.native.sealing import BrokenPayload
 from nbdsrv.repository.native.slots import Page, Root
 from nbdsrv.repository.native.vault import Vault
@@ -41,6 +42,7 @@ HEAL = (
     "the next backup stores anew what was lost, if its source has it; `nbdsrv gc` then removes the"
     " damaged pack"
 )
+NO_RESTORE = "do not restore from it"
 REMADE = "`nbdsrv gc` makes the index anew"
 BITS = 0xFFFFFFFF
 CIPHER_BYTE = 9
@@ -50,6 +52,14 @@ RESERVED = slice(10, 16)
 def claim(id_: bytes, offset: int, clen: int, codec: int, frames: bytes, /) -> int:
     """An entry in 64 bits: equal ones are equal, and different ones hardly ever."""
     return offset << 32 | hash((id_, clen, codec, frames.rstrip(b"\0"))) & BITS
+
+
+class Told(NamedTuple):
+    """What a root says of its disk, and where its pages contradict it."""
+
+    size: int
+    image_id: str
+    wrong: list[str]
 
 
 class MapWalk(Marker):
@@ -75,77 +85,76 @@ class MapWalk(Marker):
         super().__init__(vault, census, frozenset(), threads)
         self._chosen = chosen
         self._contents: dict[bytes, bytes] = {}
-        self._last: tuple[str, Root | CorruptImage] | None = None
+        self._told: dict[str, Told] = {}
         self.bad = BadPlaces()
         self.findings: list[Finding] = []
         self.disks = 0
         self.previous: defaultdict[str, list[tuple[str, str | None]]] = defaultdict(list)
 
-    def point(self, key: str) -> None:
-        """Check one point."""
-        try:
-            record = self._vault.point(key)
-            self._check_frame(key)
-        except ObjectMissing:
-            return
-        except CorruptImage as error:
-            if is_outage(error, self._vault.store):
-                raise
-            hurt = Hurt(key.removeprefix("points/").removesuffix(".pt"), "")
-            advice = "bring it back from a copy, or delete it with `nbdsrv prune --damaged`"
-            self.findings.append(Finding(key, None, _why(error, key), [hurt], [], advice))
-            return
+    def point(self, key: str) -> PointRecord:
+        """What readers pass over is looked at too: a point's object has no name to check it by.
+
+        In a plain repository its salt remains, which is nobody's.
+        """
+        data = self._vault.point_data(key)
+        record = self._vault.decoded_point(key, data)
+        encrypted = self._vault.sealing.id_key is not None
+        if any(data[RESERVED]) or data[CIPHER_BYTE] != encrypted:
+            raise CorruptImage(f"corrupt repository: {key}: bytes that say nothing were changed")
+        return record
+
+    def lost_point(self, key: str, error: DiskError) -> None:
+        """As promised; which is told with all that it hurts."""
+        if not isinstance(error, CorruptImage) or is_outage(error, self._vault.store):
+            raise error
+        hurt = Hurt(key.removeprefix("points/").removesuffix(".pt"), "")
+        advice = "bring it back from a copy, or delete it with `nbdsrv prune --damaged`"
+        self.findings.append(Finding(key, None, _why(error, key), [hurt], [], advice))
+
+    def disks_of(self, record: PointRecord) -> Iterable[DiskRecord]:
+        """Those that are chosen."""
         self.previous[record.group].append((record.id, record.previous))
         names = set(self._chosen(record))
         if names:
             self.found.points += 1
-        for disk in record.disks:
-            if disk.name not in names:
-                continue
-            self.disks += 1
-            self.where = f"{record.group}/{record.id}", disk.name
-            self.disk(disk.root)
-            root = self.root(disk.root)
-            if isinstance(root, CorruptImage):
-                continue
-            self._check_root(root, key, disk.name, disk.size, disk.image_id)
+        chosen = [disk for disk in record.disks if disk.name in names]
+        self.disks += len(chosen)
+        return chosen
 
-    def _check_frame(self, key: str) -> None:
-        """What readers pass over: a point's object has no name to check it by.
-
-        In a plain repository its salt remains, which is nobody's.
-        """
-        data = self._vault.store.get(key, MAX_POINT)
-        encrypted = self._vault.sealing.id_key is not None
-        if any(data[RESERVED]) or data[CIPHER_BYTE] != encrypted:
-            raise CorruptImage(f"corrupt repository: {key}: bytes that say nothing were changed")
-
-    def _check_root(self, root: Root, key: str, name: str, size: int, image_id: str) -> None:
+    def walked(self, mapped: Mapped, root: Root | None) -> None:
         """What the root says of its pages is what they say, and what the point says."""
+        disk = mapped.disk
+        if root is not None:
+            self._told[disk.root.id] = Told(
+                root.size, root.image_id(self._vault.hashing).hex(), self._contradictions(root)
+            )
+        told = self._told.get(disk.root.id)
+        if told is None:
+            return  # it cannot be read
         wrong = []
-        if root.size != size:
-            wrong.append(f"its map is one of {root.size} bytes, the point says {size}")
-        if root.image_id(self._vault.hashing).hex() != image_id:
+        if told.size != disk.size:
+            wrong.append(f"its map is one of {told.size} bytes, the point says {disk.size}")
+        if told.image_id != disk.image_id:
             wrong.append("its map is not the one the point was committed with")
+        wrong += told.wrong
+        if wrong:
+            hurt = Hurt(mapped.point, disk.name)
+            hurt.add(0, disk.size)
+            text = f"disk {disk.name}: {wrong[0]}"
+            self.findings.append(Finding(mapped.key, None, text, [hurt], [], NO_RESTORE))
+
+    def _contradictions(self, root: Root) -> list[str]:
+        """The first page that holds something else than its root says, in words."""
         for number in range(len(root)):
             id_ = root.pages.id(number)
             expected = root.content(number)
             content = ZERO_ID if id_ == ZERO_ID else self._contents.get(id_, expected)
             if content != expected:
-                wrong.append(f"page {number} of its map holds other chunks than the map says")
-        if wrong:
-            hurt = Hurt(self.where[0], name)
-            hurt.add(0, size)
-            text = f"disk {name}: {wrong[0]}"
-            self.findings.append(Finding(key, None, text, [hurt], [], "do not restore from it"))
+                return [f"page {number} of its map holds other chunks than the map says"]
+        return []
 
-    def root(self, ref: Ref) -> Root | CorruptImage:
-        """A root, from its very place if that is sound; the last one is kept."""
-        if self._last is None or self._last[0] != ref.id:
-            self._last = ref.id, self._root(ref)
-        return self._last[1]
-
-    def _root(self, ref: Ref) -> Root | CorruptImage:
+    def root(self, ref: Ref) -> Root | DiskError:
+        """A root, from its very place if that is sound."""
         id_ = bytes.fromhex(ref.id)
         data = self._there(Kind.ROOT, id_, ref.place)
         if data is not None:
@@ -155,11 +164,11 @@ class MapWalk(Marker):
                 return self._impossible(Kind.ROOT, ref.place, error)
         return super().root(ref)
 
-    def page(self, root: Root, number: int) -> Page | CorruptImage:
+    def page(self, root: Root, number: int) -> Page | DiskError:
         """Likewise, and its chunks' hash is remembered."""
         id_, place = root.pages.id(number), root.pages.place(number)
         data = self._there(Kind.PAGE, id_, place)
-        page: Page | CorruptImage
+        page: Page | DiskError
         if data is None:
             page = super().page(root, number)
         else:
