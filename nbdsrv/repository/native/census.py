@@ -18,7 +18,7 @@ from heapq import merge
 from itertools import groupby, islice
 
 from nbdsrv.errors import CorruptImage, DiskError
-from nbdsrv.repository.native.damage import damage_in
+from nbdsrv.repository.native.damage import damage_in, is_denied
 from nbdsrv.repository.native.entry import Place
 from nbdsrv.repository.native.index import (
     MAX_SEGMENT,
@@ -55,15 +55,22 @@ class Census:
             were found by their headers as far as they are left.
         unreadable: keys of packs of which nothing can be read at all.
         unindexed: names of packs that no segment knows.
+        blind: is there a segment that may not be read? Then it may know them.
     """
 
-    def __init__(self, vault: Vault) -> None:
+    def __init__(self, vault: Vault, unread: dict[str, None] | None = None) -> None:
         """Take it.
+
+        Args:
+            vault: the repository.
+            unread: what may not be read is noted there, and left out. None: that is an error.
 
         Raises:
             StoreError: the store does not answer.
         """
         self._vault = vault
+        self._unread = unread
+        self.blind = False
         self.damage: dict[str, CorruptImage] = {}
         self.unreadable: set[str] = set()
         self.first = self._listed()
@@ -144,11 +151,20 @@ class Census:
             except ObjectMissing:
                 continue
             except DiskError as error:
+                if self._denied(error):
+                    self.blind = True
+                    continue
                 self.damage[stored.key] = damage_in(vault.store, error)
             else:
                 self.segments.append((stored.key, segment))
                 self.index.add_segment(segment)
             self._segment_keys.append(stored.key)
+
+    def _denied(self, error: DiskError) -> bool:
+        if self._unread is None or not is_denied(error):
+            return False
+        self._unread[str(error)] = None
+        return True
 
     def _adopt(self, stored: Stored, rows: list[Listed]) -> None:
         name = pack_of(stored.key)
@@ -164,6 +180,10 @@ class Census:
             return None
         except CorruptImage as error:
             self.damage[stored.key] = damage_in(store, error)
+        except StoreError as error:
+            if self._denied(error):
+                return None
+            raise
         try:
             return list(scan(store.get(stored.key, MAX_PACK)))
         except ObjectMissing:

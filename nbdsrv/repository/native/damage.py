@@ -6,7 +6,16 @@ from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.damage import MAX_RANGES, Finding, Hurt, Note
 from nbdsrv.store.store import ObjectMissing, Store, StoreError
 
-__all__ = ["MAX_RANGES", "Finding", "Hurt", "Note", "damage_in", "damage_of", "is_outage"]
+__all__ = [
+    "MAX_RANGES",
+    "Finding",
+    "Hurt",
+    "Note",
+    "damage_in",
+    "damage_of",
+    "is_denied",
+    "is_outage",
+]
 
 
 def damage_of(error: DiskError) -> CorruptImage:
@@ -34,6 +43,11 @@ def is_outage(error: DiskError, store: Store) -> bool:
         and not isinstance(cause, ObjectMissing)
         and cause.errno != os_errno.EFBIG
     )
+
+
+def is_denied(error: DiskError) -> bool:
+    """Is it only that we may not read this object? Others may be read, and it may be sound."""
+    return isinstance(error, StoreError) and error.errno in {os_errno.EACCES, os_errno.EPERM}
 
 
 def damage_in(store: Store, error: DiskError) -> CorruptImage:

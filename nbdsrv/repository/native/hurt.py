@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.census import Census
-from nbdsrv.repository.native.damage import Finding, Hurt, damage_of
+from nbdsrv.repository.native.damage import Finding, Hurt, damage_of, is_denied
 from nbdsrv.repository.native.entries import key_of
 from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.point import DiskRecord, PointRecord
@@ -96,7 +96,7 @@ def trace(vault: Vault, census: Census, bad: BadPlaces) -> None:
     with _looked_up(vault, census):
         for _, record in vault.read_points(objects):
             if not isinstance(record, PointRecord):
-                damage_of(record)  # told already
+                _told(record)
                 continue
             for disk in record.disks:
                 tracer.disk(record, disk)
@@ -125,7 +125,7 @@ class _Tracer:
         try:
             root = self._vault.root(disk.root)
         except DiskError as error:
-            damage_of(error)
+            _told(error)
             if finding is not None:
                 _hurt(finding, point, disk.name, 0, disk.size)
             return
@@ -155,7 +155,7 @@ class _Tracer:
         try:
             page: Page = self._vault.page(root, number)
         except DiskError as error:
-            damage_of(error)
+            _told(error)
             return None
         found = []
         for index, id_, place in page.places():
@@ -183,6 +183,16 @@ class _Tracer:
                     finding.copies.append(key)
                 return None
         return finding or self._bad.is_missing(place.pack, kind)
+
+
+def _told(error: DiskError) -> None:
+    """What cannot be read has been found before, be it broken or not for us to read.
+
+    Raises:
+        DiskError: the store could not be asked.
+    """
+    if not is_denied(error):
+        damage_of(error)
 
 
 def _hurt(finding: Finding, point: str, disk: str, offset: int, length: int) -> None:

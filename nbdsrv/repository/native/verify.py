@@ -17,12 +17,13 @@ import math
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nbdsrv.repository.native.abreast import threads_for
 from nbdsrv.repository.native.boot_trace import useless_traces
 from nbdsrv.repository.native.census import THREADS, Census
-from nbdsrv.repository.native.damage import Finding, Note
+from nbdsrv.repository.native.damage import Finding, Note, is_denied
 from nbdsrv.repository.native.hurt import trace
 from nbdsrv.repository.native.layout import pack_of
 from nbdsrv.repository.native.point import PointRecord
@@ -157,9 +158,10 @@ class _Run:
         self._began = time.monotonic()
         self._saved = self._began
         self._scrubbing = Scrubbing(vault.store)
-        self._census = Census(vault)
+        self._unread: dict[str, None] = {}
+        self._census = Census(vault, self._unread)
         self._threads = ThreadPoolExecutor(threads_for(vault.store, THREADS), "nbdsrv-verify")
-        self._walk = MapWalk(vault, self._census, self._threads, chosen or all_disks)
+        self._walk = MapWalk(vault, self._census, self._threads, chosen or all_disks, self._unread)
         self.done = Verified(level)
 
     # --- structure -----------------------------------------------------------------------------
@@ -183,8 +185,10 @@ class _Run:
             check_index(census, sums, done.findings, done.notes)
             if not self._keyless:
                 self._note_garbage()
-                self._note_traces()
-            self._check_tombstones()
+                with self._going_on():
+                    self._note_traces()
+            with self._going_on():
+                self._check_tombstones()
         self._note_missed()
 
     def _packs(self) -> list[Stored]:
@@ -194,6 +198,16 @@ class _Run:
         names = packs.keys() if self._chosen is None else packs.keys() & live.keys()
         return [packs[name] for name in sorted(names)]
 
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """What may not be read is told, and is no reason to look no further."""
+        try:
+            yield
+        except StoreError as error:
+            if not is_denied(error):
+                raise
+            self._unread[str(error)] = None
+
     def _note_garbage(self) -> None:
         census, live = self._census, self._walk.found.live
         idle = [
@@ -201,7 +215,7 @@ class _Run:
             for name, stored in census.first.items()
             if name in census.packs and name not in live
         ]
-        if idle:
+        if idle and not self._walk.blind:
             size = sum(stored.size for stored in idle)
             text = f"no point refers to {len(idle)} packs, {size} bytes; `nbdsrv gc` removes them"
             self.done.notes.append(Note("packs/", text))
@@ -291,7 +305,7 @@ class _Run:
     def _account(self, examined: Examined) -> None:
         done = self.done
         if examined.unread:
-            done.unread.append(examined.unread)
+            self._unread[examined.unread] = None
             return
         done.checked += 1
         done.read_bytes += examined.length
@@ -320,9 +334,10 @@ class _Run:
         walk, done = self._walk, self.done
         if not self._keyless and (walk.bad or walk.found.damage or walk.found.missing_count):
             self._tell("whom it hurts")
-            self._census = Census(self._vault)
+            self._census = Census(self._vault, self._unread)
             trace(self._vault, self._census, walk.bad)
         done.findings += walk.bad.findings
+        done.unread = list(self._unread)
         named = set()
         for finding in walk.bad.findings:
             name = pack_of(finding.key)

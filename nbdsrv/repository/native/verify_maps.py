@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.native.census import Census, Row
-from nbdsrv.repository.native.damage import Finding, Hurt, Note, damage_of, is_outage
+from nbdsrv.repository.native.damage import Finding, Hurt, Note, damage_of, is_denied, is_outage
 from nbdsrv.repository.native.entries import key_of
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID
 from nbdsrv.repository.native.hurt import BadPlaces
-from nbdsrv.repository.native.layout import pack_of
+from nbdsrv.repository.native.layout import group_of, pack_of, ulid_of
 from nbdsrv.repository.native.mark import Mapped, Marker
 from nbdsrv.repository.native.pack import (
     HEADER_SIZE,
@@ -69,6 +69,7 @@ class MapWalk(Marker):
         bad: places from which a root or page could not be read.
         findings: what is broken otherwise: points, and maps that contradict themselves.
         disks: that were walked.
+        blind: is there a point, root or page that could not be read? Nobody knows what it needs.
         previous: group to (point, the one before it) of all points that could be read.
     """
 
@@ -80,15 +81,20 @@ class MapWalk(Marker):
         census: Census,
         threads: Executor,
         chosen: Callable[[PointRecord], Iterable[str]],
+        unread: dict[str, None],
     ) -> None:
-        """``chosen``: the names of a point's disks that are to be walked."""
+        """As ``Marker``; ``chosen``: the names of a point's disks that are to be walked; what may
+        not be read, which is no damage, is noted in ``unread``.
+        """
         super().__init__(vault, census, frozenset(), threads)
         self._chosen = chosen
+        self._unread = unread
         self._contents: dict[bytes, bytes] = {}
         self._told: dict[str, Told] = {}
         self.bad = BadPlaces()
         self.findings: list[Finding] = []
         self.disks = 0
+        self.blind = False
         self.previous: defaultdict[str, list[tuple[str, str | None]]] = defaultdict(list)
 
     def point(self, key: str) -> PointRecord:
@@ -104,7 +110,14 @@ class MapWalk(Marker):
         return record
 
     def lost_point(self, key: str, error: DiskError) -> None:
-        """As promised; which is told with all that it hurts."""
+        """It is told with all that it hurts, if it is damage."""
+        self.blind = True
+        group, id_ = group_of(key), ulid_of(key)
+        if group is not None and id_ is not None:
+            self.previous[group].append((id_, None))  # not missed, at least
+        if is_denied(error):
+            self._unread[str(error)] = None
+            return
         if not isinstance(error, CorruptImage) or is_outage(error, self._vault.store):
             raise error
         hurt = Hurt(key.removeprefix("points/").removesuffix(".pt"), "")
@@ -189,6 +202,8 @@ class MapWalk(Marker):
         except ObjectMissing:
             return None
         except DiskError as error:
+            if is_denied(error):
+                return None  # told by who reads it from wherever it is
             size = self._census.packs[place.pack].size
             within = place.offset + ENTRY_SIZE + place.length <= size
             if within and is_outage(error, self._vault.store):
@@ -198,6 +213,16 @@ class MapWalk(Marker):
             finding = Finding(key, place.offset, text, advice=HEAL)
             self.bad.part(place.pack, place.offset, finding)
         return None
+
+    def _damage(self, error: DiskError, place: Place) -> DiskError:
+        if is_denied(error):
+            self._unread[str(error)] = None
+            return error
+        return super()._damage(error, place)
+
+    def _lose(self, error: DiskError) -> None:
+        self.blind = True
+        super()._lose(error)
 
     def _impossible(self, kind: Kind, place: Place, error: BrokenPayload) -> CorruptImage:
         """Content that is what its id says and yet no page or root."""
@@ -248,7 +273,7 @@ def check_index(census: Census, sums: "Sums", findings: list[Finding], notes: li
     for _, segment in census.segments:
         indexed.add(None, segment)
     unknown = [name for name in sums.of if name not in indexed.of]
-    if unknown:
+    if unknown and not census.blind:
         text = f"{len(unknown)} packs are in no segment of it; {REMADE}"
         notes.append(Note("index/", text))
     both = sums.of.keys() & indexed.of.keys()

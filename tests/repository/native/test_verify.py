@@ -402,3 +402,37 @@ def test_a_pack_that_is_cut_short_is_damage_whatever_the_store(store: MemoryStor
     failing.distant = True
     done = verify(reopened(failing), "packs")
     assert {finding.key for finding in done.findings} == {key}
+
+
+@pytest.mark.parametrize("distant", [False, True])
+@pytest.mark.parametrize("level", ["structure", "packs"])
+@pytest.mark.parametrize("which", [METAS, PACKS, INDEX, POINTS])
+def test_what_may_not_be_read_is_told_and_the_rest_is_verified(
+    store: MemoryStore, which: str, level: str, *, distant: bool
+) -> None:
+    """A file that belongs to somebody else is not damaged, and the others may be."""
+    history(store)
+    refused = keys(store, which)[0]
+    broken = keys(store, PACKS)[-1]
+    assert broken != refused
+    flip(store, broken, len(store.get(broken)) - 1)
+    failing = FaultyStore(store, failures=[Failure(calls(key=refused), errno.EACCES)])
+    failing.distant = distant
+    done = verify(reopened(failing), level)
+    assert {refused in text for text in done.unread} == {True}
+    assert {finding.key for finding in done.findings} == {broken}
+    assert not any("gc`" in note.text for note in done.notes)
+    assert damaged_packs(store) <= {pack_of(broken)}
+    if which in {METAS, PACKS}:
+        assert pack_of(refused) not in damaged_packs(store)
+
+
+def test_what_may_not_be_read_is_not_called_garbage_nor_pruned(store: MemoryStore) -> None:
+    history(store)
+    first, _, third, _ = keys(store, POINTS)
+    failing = FaultyStore(store, failures=[Failure(calls(key=third), errno.EACCES)])
+    done = verify(reopened(failing))
+    assert (done.points, done.notes, len(done.unread)) == (3, [], 1)
+    store.delete(first)
+    store.delete(third)
+    assert [note.key for note in verify(reopened(store)).notes] == ["packs/"]
