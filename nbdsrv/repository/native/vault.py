@@ -304,7 +304,15 @@ class Vault:
             raise
 
     def index(self, usable: set[bytes] | None = None) -> Index:
-        """All segments of the index. Damaged ones are left out: an index is a cache."""
+        """All segments of the index. Damaged ones are left out: an index is a cache.
+
+        Args:
+            usable: the packs whose records are wanted, by who reads the others' directories. None:
+                all, for who asks the index alone.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
         for _ in range(RELISTS):
             index, complete = self._load_index(usable)
             if complete:
@@ -326,7 +334,10 @@ class Vault:
             except CorruptImage:
                 continue
             except StoreError as error:
-                if error.errno in _DAMAGED:
+                # A reader would take for lost, until the index changes, what an outage hid. A
+                # writer learns it from the packs that no segment knows then.
+                outage = usable is None and is_outage(error, self.store)
+                if error.errno in _DAMAGED and not outage:
                     continue
                 raise
             index.add_segment(segment)

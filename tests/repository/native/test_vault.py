@@ -222,3 +222,17 @@ def test_what_may_lie_elsewhere_is_not_called_lost_while_the_index_cannot_be_lis
     with pytest.raises(StoreError) as caught:
         restored(Vault.open(faulty, nobody), record, "sda")
     assert 110 == caught.value.errno
+
+
+def test_a_segment_that_an_outage_hid_is_read_again() -> None:
+    """A service that answers 503 for a moment must not cost a server content until its restart."""
+    store = MemoryStore()
+    record = add_point(made(store), "vm", {"sda": DISK})
+    repacked(Vault.open(store, nobody))
+    newest = list(store.list("index/"))[-1].key
+    faulty = FaultyStore(store, failures=[Failure(calls("get", key=newest), 5, times=1)])
+    faulty.distant = True
+    vault = Vault.open(faulty, nobody)
+    with pytest.raises(StoreError, match="index/"):
+        restored(vault, record, "sda")
+    assert DISK == restored(vault, record, "sda")
