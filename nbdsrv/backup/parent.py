@@ -73,7 +73,7 @@ def _named(destination: Destination, group: str, disks: Sequence[str], text: str
     found = [record for record in records if matches(record, text)]
     if len(found) != 1:
         what = f"{len(found)} points" if found else "no point"
-        why = f"; {len(damaged)} of its points are damaged" if damaged else ""
+        why = f"; {len(damaged)} of its points cannot be read" if damaged else ""
         raise PointMissing(
             f"{destination.name}: {what} of {group!r} match --since {text}{why};"
             " `nbdsrv ls` shows them"

@@ -9,18 +9,20 @@ import click
 import uvloop
 
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.words import human, printable
+from nbdsrv.cli.words import counted, human, printable
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, RepositoryError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.repository.native.layout import POINTS, group_of
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.opening import open_repository
-from nbdsrv.repository.repository import Point
+from nbdsrv.repository.repository import UNREAD, Point
 from nbdsrv.repository.selector import scope_of
 
 __all__ = ["ls", "print_repository", "repository_facts"]
 
+PARTIAL = 3
+"""Exit code where points are listed of which nothing is known but that they are there."""
 MAX_NAMED = 100
 """Groups ``info`` names."""
 
@@ -30,6 +32,8 @@ MAX_NAMED = 100
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(repository: str, *, as_json: bool) -> None:
     """List the restore points of REPOSITORY, by group and from old to new.
+
+    Exit code 3: some of them cannot be read now, and may be the next time.
 
     Every line names a point as other commands take it: repo:/path#GROUP/DISK@POINT.
     """
@@ -41,10 +45,15 @@ def ls(repository: str, *, as_json: bool) -> None:
     points = uvloop.run(_points(source))
     if as_json:
         click.echo(json.dumps([_row(point) for point in points]))
-        return
-    _print_table(points)
-    if not points:  # maybe that is not where they are
+    else:
+        _print_table(points)
+    if not points and not as_json:  # maybe that is not where they are
         click.echo(f"nbdsrv: {repository}: no restore points", err=True)
+    unread = [point for point in points if UNREAD in point.flags]
+    if unread:
+        text = f"{counted(len(unread), 'point')} could not be read: {unread[0].facts['reason']}"
+        click.echo(f"nbdsrv: {repository}: {text}", err=True)
+        raise click.exceptions.Exit(PARTIAL)
 
 
 async def _points(source: Source) -> Sequence[Point]:

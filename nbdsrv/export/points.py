@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from nbdsrv.disk.disk import Disk
 from nbdsrv.errors import PointDamaged, PointMissing, RepositoryError
 from nbdsrv.export.exports import Collection, Export, is_name
-from nbdsrv.repository.repository import Point, Repository
+from nbdsrv.repository.repository import UNREAD, Point, Repository
 from nbdsrv.repository.selector import LATEST, Selected, latest_with, select
 
 __all__ = ["PointExports"]
@@ -158,7 +158,9 @@ class PointExports(Collection):
         for group, points in groups.items():
             for disk in dict.fromkeys(disk.name for point in points for disk in point.disks):
                 latest = latest_with(points, disk)
-                if latest is not None and latest.disk(disk) is not None:
+                if latest is None:
+                    continue
+                if latest.disk(disk) is not None or UNREAD in latest.flags:
                     name = f"{self._prefix}{group}/{disk}@{LATEST}"
                     names.append((name, _described(latest)))
             names += [
@@ -166,6 +168,9 @@ class PointExports(Collection):
                 for point in points
                 for disk in point.disks
             ]
+        unread = sum(UNREAD in point.flags for points in groups.values() for point in points)
+        if unread:
+            log.warning("exports.unread points=%d of=%d", unread, len(every))
         shown = [row for row in names if is_name(row[0])]
         if len(shown) > MAX_LISTED:
             log.warning("exports.listed shown=%d of=%d", MAX_LISTED, len(shown))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANGED_SINCE",
     "LEVELS",
+    "UNREAD",
     "DiskFacts",
     "DiskWriter",
     "Point",
@@ -40,6 +41,10 @@ packs: also what is stored has the checksums the format keeps of it; chunks: als
 every disk can be read, decoded and, where the format can prove it, is what was backed up."""
 CHANGED_SINCE = "nbdsrv:changed-since:"
 """A meta context for each other point of the disk: 1 where it differs from what it was there."""
+
+UNREAD = "unread"
+"""Flag of a point that the store did not give: neither sound nor damaged, and nothing is known of
+its disks. The next listing asks for it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class Point:
         created: seconds since 1970.
         disks: in the VM's order.
         parent: id of the point it was made from, or None.
-        flags: ``partial``, ``damaged``, ``locked`` ...
+        flags: ``partial``, ``damaged``, ``locked``, ``UNREAD`` ...
         facts: what else is known: JSON values under snake_case names.
     """
 

@@ -16,8 +16,8 @@ to several things, that is an error which names them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbdsrv.errors import PointDamaged, PointMissing, RepositoryError
-from nbdsrv.repository.repository import Point, Repository
+from nbdsrv.errors import DiskError, PointDamaged, PointMissing, RepositoryError
+from nbdsrv.repository.repository import UNREAD, Point, Repository
 
 __all__ = ["LATEST", "Scope", "Selected", "latest_with", "meant", "scope_of", "select"]
 
@@ -63,7 +63,7 @@ async def select(repository: Repository, selector: str) -> Selected:
 
     Raises:
         PointMissing: there is no such group, point or disk.
-        PointDamaged: it cannot be read; or it is the latest, and that is damaged.
+        PointDamaged: it is damaged; or it is the latest, and that is.
         RepositoryError: it may mean several, which are named.
         DiskError: the repository cannot be read.
     """
@@ -112,20 +112,24 @@ async def scope_of(repository: Repository, selector: str) -> Scope:
     for reading in readings:
         if reading.group is None and (scope := _fitting(reading, every)):
             return scope
-    for reading in readings:
+    for reading in sorted(readings, key=_says_no_point):
         _refuse_lost(repository, reading, every)
     raise _missing(repository, selector, groups, every)
 
 
 def _refuse_lost(repository: Repository, reading: _Reading, every: Sequence[Point]) -> None:
-    """Raises PointDamaged if the disk is not listed because it, or its point, is damaged."""
-    if reading.disk is None or reading.point in {None, LATEST}:
+    """Raises DiskError if the disk is not listed because it, or its point, cannot be read."""
+    if reading.disk is None:
         return
-    for point in _named(reading.point or "", every):
+    if _says_no_point(reading):
+        # Whether one of that group that was not given has the disk, nobody can say.
+        unread = [each for each in reversed(every) if UNREAD in each.flags]
+        fitting = [each for each in unread if each.group == reading.group]
+    else:
+        fitting = _named(reading.point or "", every)
+    for point in fitting:
         if reading.group in {None, point.group} and _lost(point, reading.disk):
-            reason = point.facts.get("reason", "it cannot be read")
-            text = f"{repository.name}: {reading.disk!r} at point {point.id} is damaged: {reason}"
-            raise PointDamaged(text)
+            raise _lost_error(point, f"{repository.name}: {reading.disk!r} at point {point.id}")
 
 
 def _readings(selector: str) -> list[_Reading]:
@@ -142,6 +146,10 @@ def _readings(selector: str) -> list[_Reading]:
     return readings
 
 
+def _says_no_point(reading: _Reading) -> bool:
+    return reading.point in {None, LATEST}
+
+
 def _precedence(reading: _Reading) -> tuple[bool, int, int]:
     group, disk = reading.group or "", reading.disk or ""
     return bool(group and disk), len(group), len(disk)
@@ -153,7 +161,7 @@ def _marks(text: str, mark: str) -> list[int]:
 
 def _fitting(reading: _Reading, points: Sequence[Point]) -> Scope | None:
     """What a reading leads to among these points; None if it leads nowhere."""
-    if reading.point in {None, LATEST}:
+    if _says_no_point(reading):
         fitting = list(points)
         said = False
     else:
@@ -192,7 +200,7 @@ def _named(text: str, points: Sequence[Point]) -> list[Point]:
 
 
 def latest_with(points: Sequence[Point], disk: str | None) -> Point | None:
-    """The newest point that has the disk, or a newer one that is damaged and might have it.
+    """The newest point that has the disk, or a newer one that cannot be read and might have it.
 
     Args:
         points: of one group, from old to new.
@@ -225,7 +233,10 @@ def _latest(repository: Repository, selector: str, scope: Scope) -> Selected:
     point = latest_with(scope.points, scope.disk)
     assert point is not None
     if _lost(point, scope.disk):
-        text = f"{repository.name}: the latest point of {point.group!r}, {point.id}, is damaged"
+        what = f"{repository.name}: the latest point of {point.group!r}, {point.id},"
+        if UNREAD in point.flags:
+            raise _lost_error(point, what)
+        text = f"{what} is damaged"
         raise PointDamaged(f"{text}; name an older one with @POINT, `nbdsrv ls` shows them")
     return Selected(point, _disk_of(repository, selector, scope, point))
 
@@ -239,11 +250,19 @@ def _disk_of(repository: Repository, selector: str, scope: Scope, point: Point) 
 
 
 def _bad(point: Point) -> bool:
-    return "damaged" in point.flags
+    return "damaged" in point.flags or UNREAD in point.flags
+
+
+def _lost_error(point: Point, what: str) -> DiskError:
+    """Why it is not to be had: an outage is no damage, and may be over the next time."""
+    reason = point.facts.get("reason", "it cannot be read")
+    if UNREAD in point.flags:
+        return DiskError(f"{what} cannot be read now: {reason}")
+    return PointDamaged(f"{what} is damaged: {reason}")
 
 
 def _lost(point: Point, disk: str | None) -> bool:
-    """Is it damaged, or is that disk of it, which it then does not list?"""
+    """Can it not be read, or not that disk of it, which it then does not list?"""
     if _bad(point):
         return True
     partly = "partial" in point.flags and "reason" in point.facts
@@ -252,8 +271,7 @@ def _lost(point: Point, disk: str | None) -> bool:
 
 def _only_disk(repository: Repository, selector: str, point: Point) -> str:
     if _bad(point):
-        reason = point.facts.get("reason", "it cannot be read")
-        raise PointDamaged(f"{repository.name}: point {point.id} is damaged: {reason}")
+        raise _lost_error(point, f"{repository.name}: point {point.id}")
     if len(point.disks) != 1:
         names = [f"{point.group}/{disk.name}" for disk in point.disks]
         raise _several(repository, selector, "disks", names)

@@ -1,14 +1,18 @@
 """A repository as exports: what is listed, what a name opens, and who shares a Disk."""
 
+import errno
 from collections.abc import AsyncIterator
 
+import pytest
 import pytest_asyncio
 
 from nbdsrv.disk.workers import Workers
+from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Catalogue, Export
 from nbdsrv.export.points import PointExports
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.repository import NativeRepository
+from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from tests.disk.reading import content
 from tests.disk.threads import running_workers
 from tests.repository.native.building import Building
@@ -63,6 +67,25 @@ async def test_latest_is_what_it_is_when_asked(workers: Workers) -> None:
     assert (await content(disk, 0, 1), await content(newer, 0, 1)) == (b"1", b"2")
     await before.release()
     await after.release()
+    await exports.close()
+
+
+async def test_points_that_a_store_does_not_give_now_are_not_unknown(workers: Workers) -> None:
+    """Not even where only a group is served, and what is damaged may be none of its."""
+    build = Building.fresh()
+    build.point("vm", {"sda": b"1"})
+    two = build.point("vm", {"sda": b"2"})
+    failure = Failure(calls("get", key=point_key("vm", two.id)), errno.EIO)
+    store = build.vault.store = FaultyStore(build.vault.store, failures=[failure])
+    store.distant = True
+    exports = PointExports(NativeRepository(build.vault, workers), "r", group="vm")
+    listed = dict(await exports.listed())
+    assert len(listed) == 2
+    assert "damaged" not in str(listed)
+    assert listed["vm/sda@latest"].endswith(", unread")
+    for name in ("vm/sda@latest", f"vm/sda@{two.id}"):
+        with pytest.raises(DiskError, match="cannot be read now"):
+            await exports.find(name)
     await exports.close()
 
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import msgspec
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage
+from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.layout import group_of, ulid_of, ulid_time
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
-from nbdsrv.repository.repository import DiskFacts, Point
+from nbdsrv.repository.repository import UNREAD, DiskFacts, Point
 from nbdsrv.store.store import ObjectMissing
 
-__all__ = ["Listing", "Row", "damaged_point", "described"]
+__all__ = ["PARALLEL_AFAR", "Listing", "Row", "described"]
 
 MAX_KNOWN = 1 << 14
 """Points kept in memory, some 3 KiB each."""
@@ -34,21 +35,32 @@ PARALLEL_AFAR = 24
 """The same where each point is a request of some 20 ms: a year of daily points in a third of a
 second."""
 
+MAX_UNREAD = PARALLEL_AFAR
+"""Points of one listing that the store does not give before it is asked for no more."""
+
 
 @dataclass(slots=True)
 class Row:
-    """One point: what it says, or why it says nothing."""
+    """One point: what it says, or why it says nothing.
+
+    Attributes:
+        key: of its object.
+        record: None if it says nothing.
+        error: why: it is damaged, unless
+        unread: the store did not give it.
+    """
 
     key: str
     record: PointRecord | None
-    error: CorruptImage | None = None
+    error: DiskError | None = None
+    unread: bool = False
     _point: Point | None = None
 
     @property
     def point(self) -> Point:
         """As all repositories describe points."""
         if self.record is None:
-            return damaged_point(self.key, str(self.error))
+            return lost_point(self.key, str(self.error), UNREAD if self.unread else "damaged")
         if self.record.lock_until:
             return described(self.record)  # locked today, not tomorrow
         if self._point is None:
@@ -67,8 +79,10 @@ class Listing:
     async def rows(self, group: str | None = None) -> list[Row]:
         """All points, or those of one group; by group, then from old to new.
 
+        One that the store does not give (503, no permission) hides no other.
+
         Raises:
-            StoreError: the store does not answer.
+            DiskError: the store does not answer, or so many times that it may be taken for down.
         """
         keys = await self._workers.run(self._keys, group)
         found: dict[str, Row] = {}
@@ -85,11 +99,20 @@ class Listing:
         batches = [unknown[at : at + step] for at in range(0, len(unknown), step)]
         turn = asyncio.Semaphore(at_once)
 
+        unread: list[DiskError] = []
+
         async def read(batch: Sequence[str]) -> list[Row]:
             async with turn:
-                return await self._workers.run(self._read, batch)
+                if len(unread) > MAX_UNREAD:
+                    return []  # each of them may take a minute to fail
+                rows = await self._workers.run(self._read, batch)
+                unread.extend(row.error for row in rows if row.unread and row.error is not None)
+                return rows
 
-        for rows in await asyncio.gather(*map(read, batches)):
+        read_rows = await asyncio.gather(*map(read, batches))
+        if len(unread) > MAX_UNREAD:
+            raise unread[0]
+        for rows in read_rows:
             for row in rows:
                 found[row.key] = row
                 if row.record is not None:
@@ -111,8 +134,9 @@ class Listing:
                 rows.append(Row(key, msgspec.structs.replace(record, blobs={})))
             except ObjectMissing:
                 continue  # pruned meanwhile
-            except CorruptImage as error:
-                rows.append(Row(key, None, error))
+            except DiskError as error:
+                sure = isinstance(error, CorruptImage) and not is_outage(error, self._vault.store)
+                rows.append(Row(key, None, error, unread=not sure))
         return rows
 
     def _keep(self, row: Row) -> None:
@@ -150,8 +174,8 @@ def described(record: PointRecord) -> Point:
     return Point(record.id, record.group, record.created, disks, record.parent, locked, facts)
 
 
-def damaged_point(key: str, reason: str) -> Point:
+def lost_point(key: str, reason: str, flag: str) -> Point:
     """One whose object cannot be read: its key still says which it was."""
     id_ = ulid_of(key) or ""
     group = group_of(key) or ""
-    return Point(id_, group, ulid_time(id_), (), None, ("damaged",), {"reason": reason})
+    return Point(id_, group, ulid_time(id_), (), None, (flag,), {"reason": reason})

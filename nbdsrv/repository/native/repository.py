@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, PointMissing
+from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.disk import PointDisk
 from nbdsrv.repository.native.layout import point_key
 from nbdsrv.repository.native.listing import Listing
@@ -24,7 +25,7 @@ from nbdsrv.repository.native.slots import Root
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import Point, PointWriter, Repository
 from nbdsrv.repository.shared import Shared
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, StoreError
 
 __all__ = ["NativeRepository"]
 
@@ -118,6 +119,7 @@ class NativeRepository(Repository):
         Raises:
             PointMissing: it has been pruned.
             CorruptImage: it is damaged.
+            StoreError: the store does not answer.
         """
         try:
             key = point_key(point.group, point.id)
@@ -125,6 +127,10 @@ class NativeRepository(Repository):
         except ObjectMissing as error:
             text = f"{self.name}: point {point.id} of {point.group!r} has been pruned"
             raise PointMissing(text, os_errno.ENOENT) from error
+        except CorruptImage as error:
+            if isinstance(error.__cause__, StoreError) and is_outage(error, self.vault.store):
+                raise error.__cause__ from error
+            raise
         except ValueError as error:
             raise PointMissing(f"{self.name}: {error}", os_errno.ENOENT) from error
 

@@ -7,14 +7,16 @@ import msgspec
 import pytest
 
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import CorruptImage, PointMissing, RepositoryError
+from nbdsrv.errors import CorruptImage, DiskError, PointMissing, RepositoryError
 from nbdsrv.repository.native.layout import LEASES, POINTS, point_key
 from nbdsrv.repository.native.lease import LeaseRecord
-from nbdsrv.repository.native.listing import described
+from nbdsrv.repository.native.listing import PARALLEL_AFAR, described
 from nbdsrv.repository.native.repository import NativeRepository
+from nbdsrv.repository.repository import UNREAD
+from nbdsrv.repository.selector import select
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import MAX_OBJECT
+from nbdsrv.store.store import MAX_OBJECT, StoreError
 from tests.disk.reading import content
 from tests.repository.native.building import Building
 
@@ -103,6 +105,65 @@ async def test_a_damaged_point_is_listed_as_such(workers: Workers) -> None:
     with pytest.raises(CorruptImage):
         await repository.open_disk(point, "sda")
     assert _leases(store) == []
+    await repository.close()
+
+
+def _failing(build: Building, number: int, *, distant: bool, times: int | None) -> FaultyStore:
+    failure = Failure(calls("get", key=f"{POINTS}.*"), number, times)
+    store = FaultyStore(build.vault.store, failures=[failure])
+    store.distant = distant
+    build.vault.store = store
+    return store
+
+
+@pytest.mark.parametrize(
+    ("number", "distant"),
+    [(errno.EIO, True), (errno.ETIMEDOUT, True), (errno.EACCES, True), (errno.EACCES, False)],
+)
+async def test_a_point_that_the_store_does_not_give_is_not_damaged_and_hides_no_other(
+    workers: Workers, number: int, *, distant: bool
+) -> None:
+    build = Building.fresh()
+    for n in range(3):
+        build.point("vm", {"sda": b"%d" % n})
+    _failing(build, number, distant=distant, times=1)
+    repository = NativeRepository(build.vault, workers)
+    points = await repository.points()
+    assert sorted(point.flags for point in points) == [(), (), (UNREAD,)]
+    points = await repository.points()
+    assert [point.flags for point in points] == [(), (), ()]
+    await repository.close()
+
+
+async def test_the_latest_point_that_cannot_be_read_now_is_not_called_damaged_nor_missing(
+    workers: Workers,
+) -> None:
+    build = Building.fresh()
+    record = build.point("vm", {"sda": b"data"})
+    _failing(build, errno.EIO, distant=True, times=None)
+    repository = NativeRepository(build.vault, workers)
+    for selector in ("vm/sda", "vm", "", f"vm/sda@{record.id}", f"@{record.id}"):
+        with pytest.raises(DiskError, match="cannot be read now") as caught:
+            await select(repository, selector)
+        assert not isinstance(caught.value, RepositoryError)
+        assert "damage" not in str(caught.value)
+        assert "corrupt" not in str(caught.value)
+        assert "'sda@" not in str(caught.value)
+    with pytest.raises(StoreError):
+        await repository.open_disk(described(record), "sda")
+    await repository.close()
+
+
+async def test_a_store_that_gives_no_point_is_not_asked_for_all(workers: Workers) -> None:
+    """Each may take a minute until it fails."""
+    build = Building.fresh()
+    for n in range(100):
+        build.point("vm", {"sda": b"%d" % n})
+    store = _failing(build, errno.EIO, distant=True, times=None)
+    repository = NativeRepository(build.vault, workers)
+    with pytest.raises(DiskError, match="points/vm"):
+        await repository.points()
+    assert store.calls <= 1 + 2 * PARALLEL_AFAR
     await repository.close()
 
 
