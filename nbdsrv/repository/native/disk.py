@@ -16,6 +16,7 @@ by comparing maps.
 """
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -23,8 +24,8 @@ from nbdsrv.disk.blocks import Blocks
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import DiskError
-from nbdsrv.repository.comparing import MAX_OTHERS, announced
+from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.comparing import CHANGED, MAX_OTHERS, announced
 from nbdsrv.repository.native.boot_trace import load_trace, put_trace
 from nbdsrv.repository.native.changes import changes
 from nbdsrv.repository.native.chunk_reader import ChunkReader
@@ -41,6 +42,8 @@ from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from protocol.extents import DATA, HOLE, ExtentList
 
 __all__ = ["CHANGED_SINCE", "SMALL_MAP", "PointDisk"]
+
+log = logging.getLogger(__name__)
 
 CHANGED_SINCE = "nbdsrv:changed-since:"
 """A meta context for each other point: 1 where the disk differs from what it was there, else 0."""
@@ -111,7 +114,7 @@ class PointDisk(Disk):
         self._distant = vault.store if isinstance(vault.store, SpanStore) else None
         self._sweeps = Sweeps(self.pages, self._distant) if self._distant else None
         self._others = others
-        self._compared: OrderedDict[str, Pages] = OrderedDict()
+        self._compared: OrderedDict[str, Pages | None] = OrderedDict()
         self._release = release
         self._turns = tuple(asyncio.Lock() for _ in range(TURNS))
         self._next_page = -1
@@ -309,7 +312,10 @@ class PointDisk(Disk):
             context.startswith(CHANGED_SINCE)
         ):
             theirs = await self._compared_with(other)
-            found = await self.workers.run(changes, self.pages, theirs, offset, length)
+            if theirs is None:
+                found = [(length, CHANGED)]
+            else:
+                found = await self.workers.run(changes, self.pages, theirs, offset, length)
         else:
             raise self._no_context(context)
         return ExtentList(offset, found)
@@ -348,16 +354,24 @@ class PointDisk(Disk):
                 at = stop
         return found
 
-    async def _compared_with(self, other: DiskRecord) -> Pages:
-        """The map of another point, for comparing."""
+    async def _compared_with(self, other: DiskRecord) -> Pages | None:
+        """The map of another point, for comparing; None if it is gone.
+
+        That point may have been pruned since this disk was opened. As with a page that cannot be
+        read everything counts as changed then, and what else is asked along is answered.
+        """
         key = other.root.id
-        pages = self._compared.get(key)
-        if pages is None:
-            root = await self.workers.run(self._vault.root, other.root)
-            pages = self._compared.setdefault(key, Pages(self._vault, root, OTHERS_BYTES))
+        if key not in self._compared:
+            pages = None
+            try:
+                root = await self.workers.run(self._vault.root, other.root)
+                pages = Pages(self._vault, root, OTHERS_BYTES)
+            except CorruptImage as error:
+                log.warning("changes.unknown disk=%r all=changed reason=%s", self.name, error)
+            self._compared.setdefault(key, pages)
             while len(self._compared) > MAX_OTHERS:
                 self._compared.popitem(last=False)
-        return pages
+        return self._compared[key]
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from nbdsrv.disk.runs import BlockRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.collect import collect
 from nbdsrv.repository.native.disk import CHANGED_SINCE, SMALL_MAP, PointDisk
 from nbdsrv.repository.native.entry import ENTRY_SIZE
 from nbdsrv.repository.native.frames import FRAME
-from nbdsrv.repository.native.layout import CONFIG, INDEX, PACKS, meta_key, pack_key
+from nbdsrv.repository.native.layout import CONFIG, INDEX, PACKS, meta_key, pack_key, point_key
 from nbdsrv.repository.native.pages import Pages
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.directory import DirectoryStore
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
+from nbdsrv.store.store import StoreError
 from protocol.contexts import ALLOCATION, ALLOCATION_DEPTH
 from tests.disk.check_disk import CONTRACT, Check, check_disk, extent_map
 from tests.disk.reading import content, some_ranges
@@ -158,6 +160,40 @@ async def test_unchanged_pages_are_not_read(workers: Workers) -> None:
             (5 * SPAN - CHUNK, 0),
         ]
         assert faulty.calls == 2  # the other's root, and one page of it; ours are in memory
+    finally:
+        await disk.close()
+
+
+async def test_since_a_point_that_has_been_pruned_everything_has_changed(workers: Workers) -> None:
+    """A server has its disks open for weeks; what else is asked along with it is answered."""
+    build = Building.fresh()
+    first = build.point("vm", {"sda": random.Random(1).randbytes(SPAN)})
+    second = build.point("vm", {"sda": random.Random(2).randbytes(SPAN)})
+    disk = await open_disk(build, workers, second, "sda")
+    store = build.vault.store
+    try:
+        store.delete(point_key("vm", first.id))
+        collect(Vault.open(store, str), grace_s=0)
+        found = await disk.status(CHANGED_SINCE + first.id, 0, disk.size)
+        assert [(e.length, e.flags) for e in found] == [(disk.size, 1)]
+    finally:
+        await disk.close()
+
+
+async def test_since_a_point_that_the_store_does_not_give_nobody_knows_what_has_changed(
+    workers: Workers,
+) -> None:
+    build = Building.fresh()
+    first = build.point("vm", {"sda": random.Random(1).randbytes(SPAN)})
+    second = build.point("vm", {"sda": random.Random(2).randbytes(SPAN)})
+    disk = await open_disk(build, workers, second, "sda")
+    failing = FaultyStore(build.vault.store, failures=[Failure(calls("get_range"), 110, 1)])
+    build.vault.entries._store = failing
+    try:
+        with pytest.raises(StoreError):
+            await disk.status(CHANGED_SINCE + first.id, 0, disk.size)
+        found = await disk.status(CHANGED_SINCE + first.id, 0, disk.size)
+        assert {e.flags for e in found} == {1}
     finally:
         await disk.close()
 
