@@ -1,4 +1,5 @@
-"""Which points there are, read once: a point's object never changes.
+"""Which points there are, read once: a point's object never changes. One that was pruned may come
+back from another repository, though, and then it lies elsewhere.
 
 ::
 
@@ -21,7 +22,7 @@ from nbdsrv.repository.native.layout import group_of, ulid_of, ulid_time
 from nbdsrv.repository.native.point import PointRecord
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import UNREAD, DiskFacts, Point
-from nbdsrv.store.store import ObjectMissing
+from nbdsrv.store.store import ObjectMissing, Stored
 
 __all__ = ["PARALLEL_AFAR", "Listing", "Row", "described"]
 
@@ -74,7 +75,7 @@ class Listing:
     def __init__(self, vault: Vault, workers: Workers) -> None:
         self._vault = vault
         self._workers = workers
-        self._known: OrderedDict[str, Row] = OrderedDict()
+        self._known: OrderedDict[Stored, Row] = OrderedDict()
 
     async def rows(self, group: str | None = None) -> list[Row]:
         """All points, or those of one group; by group, then from old to new.
@@ -84,16 +85,16 @@ class Listing:
         Raises:
             DiskError: the store does not answer, or so many times that it may be taken for down.
         """
-        keys = await self._workers.run(self._keys, group)
+        objects = await self._workers.run(self._objects, group)
         found: dict[str, Row] = {}
         unknown = []
-        for key in keys:
-            row = self._known.get(key)
+        for stored in objects:
+            row = self._known.get(stored)
             if row is None:
-                unknown.append(key)
+                unknown.append(stored)
             else:
-                self._known.move_to_end(key)
-                found[key] = row
+                self._known.move_to_end(stored)
+                found[stored.key] = row
         afar = self._vault.store.distant
         step, at_once = (1, PARALLEL_AFAR) if afar else (BATCH, PARALLEL)
         batches = [unknown[at : at + step] for at in range(0, len(unknown), step)]
@@ -101,7 +102,7 @@ class Listing:
 
         unread: list[DiskError] = []
 
-        async def read(batch: Sequence[str]) -> list[Row]:
+        async def read(batch: Sequence[Stored]) -> list[Row]:
             async with turn:
                 if len(unread) > MAX_UNREAD:
                     return []  # each of them may take a minute to fail
@@ -115,20 +116,23 @@ class Listing:
         for rows in read_rows:
             for row in rows:
                 found[row.key] = row
-                if row.record is not None:
-                    self._keep(row)
-        return [found[key] for key in keys if key in found]
+        for stored in unknown:
+            row = found.get(stored.key)
+            if row is not None and row.record is not None:
+                self._keep(stored, row)
+        return [found[stored.key] for stored in objects if stored.key in found]
 
-    def _keys(self, group: str | None) -> list[str]:
+    def _objects(self, group: str | None) -> list[Stored]:
         try:
-            found = [stored.key for stored in self._vault.point_objects(group)]
+            found = self._vault.point_objects(group)
         except ValueError:
             return []  # no group can have that name
-        return sorted(found, key=lambda key: (group_of(key) or "", key))
+        return sorted(found, key=lambda stored: (group_of(stored.key) or "", stored.key))
 
-    def _read(self, keys: Sequence[str]) -> list[Row]:
+    def _read(self, objects: Sequence[Stored]) -> list[Row]:
         rows = []
-        for key in keys:
+        for stored in objects:
+            key = stored.key
             try:
                 record = self._vault.point(key)
                 rows.append(Row(key, msgspec.structs.replace(record, blobs={})))
@@ -139,8 +143,8 @@ class Listing:
                 rows.append(Row(key, None, error, unread=not sure))
         return rows
 
-    def _keep(self, row: Row) -> None:
-        self._known[row.key] = row
+    def _keep(self, stored: Stored, row: Row) -> None:
+        self._known[stored] = row
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 

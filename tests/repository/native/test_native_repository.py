@@ -1,6 +1,7 @@
 """The repository for an event loop: listing, opening, leases, closing."""
 
 import errno
+import itertools
 import threading
 
 import msgspec
@@ -8,17 +9,20 @@ import pytest
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, PointMissing, RepositoryError
+from nbdsrv.repository.native.collect import collect
+from nbdsrv.repository.native.disk import CHANGED_SINCE
 from nbdsrv.repository.native.layout import LEASES, POINTS, point_key
 from nbdsrv.repository.native.lease import LeaseRecord
 from nbdsrv.repository.native.listing import PARALLEL_AFAR, described
 from nbdsrv.repository.native.repository import NativeRepository
+from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import UNREAD
 from nbdsrv.repository.selector import select
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
 from nbdsrv.store.store import MAX_OBJECT, StoreError
 from tests.disk.reading import content
-from tests.repository.native.building import Building
+from tests.repository.native.building import CHUNK, Building
 
 
 def _leases(store: MemoryStore) -> list[LeaseRecord]:
@@ -64,6 +68,25 @@ async def test_a_point_is_read_once(workers: Workers) -> None:
     before = store.calls
     assert len(await repository.points("vm")) == 41
     assert [call.method for call in store.log[before:]] == ["list", "get"]
+    await repository.close()
+
+
+async def test_a_point_that_was_pruned_and_copied_back_is_read_anew(workers: Workers) -> None:
+    """Its map lies elsewhere now; a server that knew it before compared with what is gone."""
+    clock = itertools.count(1_800_000_000)
+    build = Building.fresh(MemoryStore(lambda: next(clock)))
+    disks = [b"1" * CHUNK + b"1", b"1" * CHUNK + b"2"]
+    first, second = (build.point("vm", {"sda": disk}) for disk in disks)
+    repository = NativeRepository(build.vault, workers)
+    assert len(await repository.points()) == 2
+    build.vault.store.delete(point_key("vm", first.id))
+    collect(Vault.open(build.vault.store, str), grace_s=0)
+    again = Building(Vault.open(build.vault.store, str))
+    again.point("vm", {"sda": disks[0]}, id=first.id)
+    disk = await repository.open_disk(described(second), "sda")
+    found = await disk.status(CHANGED_SINCE + first.id, 0, disk.size)
+    assert [(e.length, e.flags) for e in found] == [(CHUNK, 0), (1, 1)]
+    await disk.close()
     await repository.close()
 
 
