@@ -95,9 +95,11 @@ def open_slot(store: Store, config: bytes, passphrase: str) -> tuple[str, bytes]
 
     Raises:
         RepositoryError: none does.
+        StoreError: none of those that could be read does.
     """
     names = []
-    for name, slot in slots(store).items():
+    unread: list[StoreError] = []
+    for name, slot in slots(store, unread).items():
         names.append(name)
         if slot is None:
             continue
@@ -109,14 +111,20 @@ def open_slot(store: Store, config: bytes, passphrase: str) -> tuple[str, bytes]
             raise RepositoryError(f"{text}, which there is not") from error
         except (InvalidTag, ValueError):
             continue
+    if unread:
+        raise unread[0]  # it may be the one
     if not names:
         raise RepositoryError(f"{store.name}: its keys are missing; restore {KEYS} from a copy")
     text = f"{store.name}: the passphrase opens none of its {len(names)} key slots"
     raise RepositoryError(f"{text}, or nbdrepo.json was changed")
 
 
-def slots(store: Store) -> dict[str, KeySlot | None]:
-    """All slots by name; None for one that cannot be read or is none we know."""
+def slots(store: Store, unread: list[StoreError] | None = None) -> dict[str, KeySlot | None]:
+    """All slots by name; None for one that cannot be read or is none we know.
+
+    A bad sector in one passphrase's slot locks out nobody else. What the store did not give is
+    added to ``unread``.
+    """
     found: dict[str, KeySlot | None] = {}
     for stored in store.list(KEYS):
         if not stored.key.endswith(".json") or len(found) == MAX_SLOTS:
@@ -127,8 +135,8 @@ def slots(store: Store) -> dict[str, KeySlot | None]:
         except ObjectMissing:
             continue
         except StoreError as error:
-            if error.errno != os_errno.EFBIG:
-                raise
+            if error.errno != os_errno.EFBIG and unread is not None:
+                unread.append(error)
             found[name] = None
             continue
         except (msgspec.MsgspecError, RecursionError, UnicodeError):

@@ -1,6 +1,7 @@
 """Key slots: which passphrase opens what, and slots that somebody else made."""
 
 import base64
+import errno
 import json
 import os
 
@@ -11,7 +12,9 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from nbdsrv.errors import ConfigError, RepositoryError
 from nbdsrv.repository.native import keys
 from nbdsrv.repository.native.keys import add_slot, open_slot, remove_slot, slots, unlock
+from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
+from nbdsrv.store.store import StoreError
 
 CONFIG = b'{"format":"nbdrepo"}\n'
 MASTER = bytes(range(32))
@@ -136,3 +139,15 @@ def test_there_are_not_more_slots_than_are_tried(
     assert ["a", "b"] == list(slots(store))
     with pytest.raises(ConfigError, match="has 2 key slots"):
         add_slot(store, CONFIG, MASTER, "x")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_slot_that_cannot_be_read_locks_out_nobody_else(store: MemoryStore, number: int) -> None:
+    one = add_slot(store, CONFIG, MASTER, "one")
+    two = add_slot(store, CONFIG, MASTER, "two")
+    bad = calls("get", key=f"keys/{one}.json")
+    failing = FaultyStore(store, failures=[Failure(bad, number)])
+    assert (two, MASTER) == open_slot(failing, CONFIG, "two")
+    assert slots(failing)[one] is None
+    with pytest.raises(StoreError, match=one):  # not a word of a wrong passphrase
+        open_slot(failing, CONFIG, "one")
