@@ -107,6 +107,13 @@ class Lease:
             raise
         self._thread.start()
 
+    def take_later(self) -> None:
+        """Put it as soon as the store lets it be put, and keep it fresh until ``release``.
+
+        For readers: ``opened`` stays unknown, and whoever writes must know that he has a lease.
+        """
+        self._thread.start()
+
     def refresh(self) -> None:
         """Put it again, and note whether it has lapsed before that.
 

@@ -6,9 +6,11 @@
     close     ── leave("vm1/01HX...")
 
 ``prune`` spares what it names. It is a courtesy, not a condition: a repository on a read-only
-mount, or one whose credentials may only read, is read without.
+mount, or one whose credentials may only read, is read without. Where the store fails otherwise it
+is tried again and again: a server serves for weeks, and an outage is over in minutes.
 """
 
+import errno as os_errno
 import logging
 import threading
 from collections import Counter
@@ -19,6 +21,9 @@ from nbdsrv.store.store import Store, StoreError
 __all__ = ["Readers"]
 
 log = logging.getLogger(__name__)
+
+_REFUSED = frozenset({os_errno.EROFS, os_errno.EACCES, os_errno.EPERM})
+"""Who may not write today may not tomorrow."""
 
 
 class Readers:
@@ -67,8 +72,11 @@ class Readers:
         try:
             lease.take()
         except StoreError as error:
-            self._refused = True
-            lease.release()
-            log.info("lease.none reason=%s", error)
-            return
+            if error.errno in _REFUSED:
+                self._refused = True
+                log.info("lease.none reason=%s", error)
+                return
+            log.warning("lease.late reason=%s", error)
+            lease = Lease(self._store, "reader", points)
+            lease.take_later()
         self._lease = lease

@@ -9,6 +9,7 @@ import pytest
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, PointMissing, RepositoryError
+from nbdsrv.repository.native import lease as lease_module
 from nbdsrv.repository.native.collect import collect
 from nbdsrv.repository.native.disk import CHANGED_SINCE
 from nbdsrv.repository.native.layout import LEASES, POINTS, point_key
@@ -20,7 +21,7 @@ from nbdsrv.repository.repository import UNREAD
 from nbdsrv.repository.selector import select
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
-from nbdsrv.store.store import MAX_OBJECT, StoreError
+from nbdsrv.store.store import MAX_OBJECT, Data, StoreError
 from tests.disk.reading import content
 from tests.repository.native.building import CHUNK, Building
 
@@ -225,6 +226,34 @@ async def test_reading_needs_no_right_to_write(workers: Workers, number: int) ->
         assert await content(disk, 0, 4) == b"data"
         await disk.close()
     await repository.close()
+
+
+async def test_a_lease_that_an_outage_prevented_is_taken_once_it_is_over(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or `prune` would delete what a server opened in that minute, and serves for weeks."""
+    monkeypatch.setattr(lease_module, "REFRESH_S", 0.01)
+    there = threading.Event()
+
+    class Watched(FaultyStore):
+        def put(self, key: str, data: Data) -> None:
+            super().put(key, data)
+            there.set()
+
+    build = Building.fresh()
+    record = build.point("vm", {"sda": b"data"})
+    inside = build.vault.store
+    assert isinstance(inside, MemoryStore)
+    failure = Failure(calls("put", key=f"{LEASES}.*"), errno.ETIMEDOUT, times=3)
+    build.vault.store = Watched(inside, failures=[failure])
+    repository = NativeRepository(build.vault, workers)
+    disk = await repository.open_disk(described(record), "sda")
+    assert await workers.run(there.wait, 20)
+    (lease,) = _leases(inside)
+    assert (lease.holder, lease.points) == ("reader", [f"vm/{record.id}"])
+    await disk.close()
+    await repository.close()
+    assert _leases(inside) == []
 
 
 async def test_what_is_not_there(workers: Workers) -> None:
