@@ -10,9 +10,11 @@ deletes those of groups that have no points any more, and those that cannot be r
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import quote, unquote
 
-from nbdsrv.errors import CorruptImage
+from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.entry import Kind, open_entry
 from nbdsrv.repository.native.layout import MAX_GROUP, POINTS, point_prefix
 from nbdsrv.repository.native.pack import (
@@ -97,7 +99,7 @@ def useless_traces(vault: Vault) -> Iterator[tuple[str, str]]:
     """Keys of traces that help nobody, and why. Blocking.
 
     Raises:
-        StoreError: the store does not answer.
+        StoreError: they cannot be listed.
     """
     groups = set(vault.groups())
     for stored in vault.store.list(TRACES):
@@ -111,5 +113,8 @@ def useless_traces(vault: Vault) -> Iterator[tuple[str, str]]:
         try:
             if trace_key(group, disk) == stored.key:
                 load_trace(vault, group, disk)
-        except (CorruptImage, ValueError) as error:
+        except ValueError as error:
             yield stored.key, str(error)
+        except DiskError as error:
+            with suppress(StoreError):  # it was not to be had now: no reason to look no further
+                yield stored.key, str(damage_in(vault.store, error))

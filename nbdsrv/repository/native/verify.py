@@ -185,8 +185,7 @@ class _Run:
             check_index(census, sums, done.findings, done.notes)
             if not self._keyless:
                 self._note_garbage()
-                with self._going_on():
-                    self._note_traces()
+                self._note_traces()
             with self._going_on():
                 self._check_tombstones()
         self._note_missed()

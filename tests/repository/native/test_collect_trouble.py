@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 
 from nbdsrv.errors import DiskError
+from nbdsrv.repository.native.boot_trace import TRACES, put_trace
 from nbdsrv.repository.native.collect import collect
 from nbdsrv.repository.native.layout import CONDEMNED, INDEX, LEASES, METAS, PACKS, POINTS
 from nbdsrv.store.faulty import Failure, FaultyStore, calls
@@ -100,4 +101,27 @@ def test_an_index_in_a_bad_sector_is_made_anew(made: tuple[MemoryStore, Kept]) -
     done = collect(reopened(failing), grace_s=0)
     assert any(key in text for text in done.damage)
     assert key not in keys(store, INDEX)
+    kept.check(store)
+
+
+@pytest.mark.parametrize(
+    ("number", "distant", "goes"),
+    [
+        (errno.EIO, False, True),
+        (errno.EFBIG, False, True),
+        (errno.EIO, True, False),
+        (errno.EACCES, False, False),
+    ],
+)
+def test_a_boot_trace_that_cannot_be_read_holds_up_nothing(
+    made: tuple[MemoryStore, Kept], number: int, *, distant: bool, goes: bool
+) -> None:
+    """It is help for readers; in a bad sector it kept the collector from ever condemning again."""
+    store, kept = made
+    put_trace(reopened(store), "vm", "sda", b"{}")
+    (key,) = keys(store, TRACES)
+    failing = FaultyStore(store, failures=[Failure(calls("get", key=key), number)])
+    failing.distant = distant
+    assert collect(reopened(failing), grace_s=0).deleted_packs
+    assert keys(store, TRACES) == ([] if goes else [key])
     kept.check(store)
