@@ -21,9 +21,10 @@ import time
 
 import msgspec
 
+from nbdsrv.repository.native.damage import damage_in
 from nbdsrv.repository.native.hashing import ID_SIZE
 from nbdsrv.repository.native.layout import SCRUB, new_ulid
-from nbdsrv.store.store import ObjectMissing, Store
+from nbdsrv.store.store import ObjectMissing, Store, StoreError
 
 __all__ = ["DamagedPack", "Round", "ScrubState", "Scrubbing", "damaged_packs"]
 
@@ -144,6 +145,9 @@ def _states(store: Store, keys: list[str]) -> list[ScrubState]:
             state = msgspec.json.decode(store.get(key, MAX_STATE), type=ScrubState)
         except (ObjectMissing, msgspec.MsgspecError, UnicodeError, RecursionError):
             continue  # advice, which the next run gives anew
+        except StoreError as error:
+            damage_in(store, error)  # a bad sector is no more than that
+            continue
         state.damaged = {name: row for name, row in state.damaged.items() if _is_name(name)}
         found.append(state)
     return found

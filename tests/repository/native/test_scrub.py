@@ -1,5 +1,6 @@
 """What verification remembers, and whom it tells."""
 
+import errno
 import os
 
 import pytest
@@ -10,7 +11,9 @@ from nbdsrv.repository.native.scrub import MAX_STATES, Scrubbing, damaged_packs
 from nbdsrv.repository.native.tombstones import condemn, condemned_packs, standing
 from nbdsrv.repository.native.verify import verify
 from nbdsrv.repository.native.writer import begin
+from nbdsrv.store.faulty import Failure, FaultyStore, calls
 from nbdsrv.store.memory import MemoryStore
+from nbdsrv.store.store import StoreError
 from tests.repository.native.building import CHUNK
 from tests.repository.native.read_back import fresh_vault, read_back
 from tests.repository.native.test_collect import keys, reopened
@@ -60,6 +63,23 @@ def test_what_cannot_be_read_says_nothing_and_goes(data: bytes) -> None:
     assert damaged_packs(store) == set()
     Scrubbing(store).save()
     assert len(keys(store, SCRUB)) == 1
+
+
+def test_a_bad_sector_says_nothing_and_goes_but_an_outage_is_told() -> None:
+    """Or no backup could be made until somebody deleted the file."""
+    store = MemoryStore()
+    made = Scrubbing(store)
+    made.damaged(ONE, "packs/1", "a bit")
+    made.save()
+    failing = FaultyStore(store, failures=[Failure(calls("get"), errno.EIO)])
+    assert damaged_packs(failing) == set()
+    failing.distant = True
+    with pytest.raises(StoreError):
+        damaged_packs(failing)
+    failing.distant = False
+    Scrubbing(failing).save()
+    assert len(keys(store, SCRUB)) == 1
+    assert damaged_packs(store) == set()
 
 
 def test_tombstones_are_read_as_they_were_put() -> None:
