@@ -4,6 +4,7 @@
 
     short   a pack that is a file here     pread of the frame ── opened, check ──> content
             any other                      fetch of the frame ── opened, check ──> content
+            of what was repacked           the same, where the index says
     long    ``vault.chunk``                fetch, all of it ── opened ── id ──> content
                                            from another pack, if this one is damaged
 
@@ -14,7 +15,7 @@ the frames it gives; the long one also proves the chunk's id, and knows how to t
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
 from nbdsrv.disk.file_run import FileRun
@@ -31,6 +32,7 @@ from nbdsrv.repository.native.frames import (
 from nbdsrv.repository.native.layout import pack_key
 from nbdsrv.repository.native.sealing import BrokenPayload, Codec, Seal
 from nbdsrv.repository.native.vault import Vault
+from nbdsrv.store.store import ObjectMissing
 
 __all__ = ["ChunkReader"]
 
@@ -63,6 +65,7 @@ class ChunkReader:
     def __init__(self, vault: Vault) -> None:
         """``vault`` stays open."""
         self._vault = vault
+        self._gone: set[bytes] = set()
         self._files: OrderedDict[bytes, _PackFile | None] = OrderedDict()
         self._lock = threading.Lock()
         self._inline: int | None = None
@@ -75,11 +78,9 @@ class ChunkReader:
             CorruptImage: it is damaged, and no other pack has it.
             StoreError: the store does not answer.
         """
-        if place.codec == Codec.FRAMES:
-            try:
-                return self._chunk(id_, place, length)
-            except (BrokenPayload, DiskError, OSError):
-                pass  # the long way finds it elsewhere, or tells what is wrong
+        short = self._short(id_, place, lambda there: self._chunk(id_, there, length))
+        if short is not None:
+            return short
         content = self._vault.chunk(id_, place, length)
         return content if isinstance(content, bytes) else bytes(content)
 
@@ -90,11 +91,9 @@ class ChunkReader:
             CorruptImage: it is damaged, and no other pack has it.
             StoreError: the store does not answer.
         """
-        if place.codec == Codec.FRAMES:
-            try:
-                return self._frame(id_, place, length, number)
-            except (BrokenPayload, DiskError, OSError):
-                pass
+        short = self._short(id_, place, lambda there: self._frame(id_, there, length, number))
+        if short is not None:
+            return short
         content = self._vault.chunk(id_, place, length)
         return bytes(memoryview(content)[number * FRAME : (number + 1) * FRAME])
 
@@ -130,6 +129,26 @@ class ChunkReader:
         prepared, self._prepared = self._prepared, 0
         if prepared:
             _spare.release(prepared)
+
+    def _short(self, id_: bytes, place: Place, read: Callable[[Place], bytes]) -> bytes | None:
+        """What ``read`` gives there; None if only the long way can find it, or tell what is wrong.
+
+        Repacking moves things and maps go on naming the old pack: that it is gone is found out
+        once, not for each frame that was in it.
+        """
+        with suppress(BrokenPayload, DiskError, OSError):
+            for each in self._places(id_, place):
+                if each.codec == Codec.FRAMES and each.pack not in self._gone:
+                    try:
+                        return read(each)
+                    except ObjectMissing:
+                        self._gone.add(each.pack)
+        return None
+
+    def _places(self, id_: bytes, place: Place) -> Iterator[Place]:
+        yield place
+        if place.pack in self._gone:
+            yield from self._vault.entries.elsewhere(id_)
 
     def _frame(self, id_: bytes, place: Place, length: int, number: int) -> bytes:
         file = self._file(place.pack)

@@ -7,11 +7,14 @@ from nbdsrv.errors import CorruptImage
 from nbdsrv.repository.native.chunk_reader import ChunkReader
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Body, Kind, Place
 from nbdsrv.repository.native.frames import FRAME, encode_frames, frame_span
-from nbdsrv.repository.native.layout import pack_key
+from nbdsrv.repository.native.index import encode_segment
+from nbdsrv.repository.native.layout import index_key, new_ulid, pack_key
 from nbdsrv.repository.native.pack import Pack, PackKind
 from nbdsrv.repository.native.sealing import Codec, compress
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.directory import DirectoryStore
+from nbdsrv.store.faulty import FaultyStore
+from nbdsrv.store.memory import MemoryStore
 from tests.repository.native.made import made
 
 CONTENT = b"".join(bytes([n]) * 40_000 + bytes(range(256)) * 98 for n in range(1, 4))
@@ -152,4 +155,34 @@ def test_a_deleted_pack_that_is_open_stays_readable(tmp_path: Path) -> None:
     reader.frame(id_, place, len(CONTENT), 0)
     vault.store.delete(pack_key(place.pack))
     assert CONTENT == reader.chunk(id_, place, len(CONTENT))
+    reader.close()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_what_was_repacked_is_one_request_a_frame(*, encrypted: bool) -> None:
+    """Maps go on naming the old pack; each frame was asked for there twice, and then cut out of
+    the whole chunk from the new one."""
+    vault = made(MemoryStore(), encrypted=encrypted)
+    id_, place = stored(vault, CONTENT)
+    other, moved = stored(vault, CONTENT)
+    assert (id_, place[1:]) == (other, moved[1:])
+    segment = [(id_, moved, Kind.CHUNK)]
+    vault.store.put_new(
+        index_key(new_ulid()), encode_segment(segment, vault.repository, vault.hashing)
+    )
+    vault.store.delete(pack_key(place.pack))
+    counted = FaultyStore(vault.store)
+    vault.store = vault.entries._store = counted
+    reader = ChunkReader(vault)
+    assert CONTENT[:FRAME] == reader.frame(id_, place, len(CONTENT), 0)
+    before = counted.calls
+    for number in range(1, 4):
+        expected = CONTENT[number * FRAME : (number + 1) * FRAME]
+        assert expected == reader.frame(id_, place, len(CONTENT), number)
+    assert CONTENT == reader.chunk(id_, place, len(CONTENT))
+    said = [(call.method, call.key) for call in counted.log[before:]]
+    assert [("get_range", pack_key(moved.pack))] * 4 == said
+    vault.store.delete(pack_key(moved.pack))
+    with pytest.raises(CorruptImage, match="is missing"):
+        reader.frame(id_, place, len(CONTENT), 0)
     reader.close()
