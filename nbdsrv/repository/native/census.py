@@ -21,13 +21,13 @@ from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.native.damage import damage_in, is_denied
 from nbdsrv.repository.native.entry import Place
 from nbdsrv.repository.native.index import (
-    MAX_SEGMENT,
     Index,
     Segment,
     encode_segment,
 )
-from nbdsrv.repository.native.layout import INDEX, index_key, new_ulid, pack_of
+from nbdsrv.repository.native.layout import index_key, new_ulid, pack_of
 from nbdsrv.repository.native.pack import MAX_PACK, Listed, scan
+from nbdsrv.repository.native.segments import read_segments
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.store.store import ObjectMissing, Stored, StoreError
 
@@ -142,23 +142,18 @@ class Census:
 
     def _load_segments(self) -> None:
         vault = self._vault
-        for stored in vault.store.list(INDEX):
-            if not stored.key.endswith(".ix"):
+        for key, found in read_segments(vault.store, vault.repository, vault.hashing):
+            if isinstance(found, ObjectMissing):
                 continue
-            try:
-                data = vault.store.get(stored.key, MAX_SEGMENT)
-                segment = Segment.parse(stored.key, data, vault.repository, vault.hashing)
-            except ObjectMissing:
+            if isinstance(found, Segment):
+                self.segments.append((key, found))
+                self.index.add_segment(found)
+            elif self._denied(found):
+                self.blind = True
                 continue
-            except DiskError as error:
-                if self._denied(error):
-                    self.blind = True
-                    continue
-                self.damage[stored.key] = damage_in(vault.store, error)
             else:
-                self.segments.append((stored.key, segment))
-                self.index.add_segment(segment)
-            self._segment_keys.append(stored.key)
+                self.damage[key] = damage_in(vault.store, found)
+            self._segment_keys.append(key)
 
     def _denied(self, error: DiskError) -> bool:
         if self._unread is None or not is_denied(error):

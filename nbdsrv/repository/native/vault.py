@@ -25,7 +25,7 @@ from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.entries import Entries
 from nbdsrv.repository.native.entry import Kind, Place
 from nbdsrv.repository.native.hashing import ZERO_ID, Hashing
-from nbdsrv.repository.native.index import MAX_SEGMENT, Index, Segment
+from nbdsrv.repository.native.index import Index, Segment
 from nbdsrv.repository.native.keys import add_slot, unlock
 from nbdsrv.repository.native.layout import (
     CONFIG,
@@ -46,6 +46,7 @@ from nbdsrv.repository.native.pack import (
 )
 from nbdsrv.repository.native.point import MAX_POINT, PointRecord, Ref, decode_point
 from nbdsrv.repository.native.sealing import KEY_SIZE, BrokenPayload, Sealing
+from nbdsrv.repository.native.segments import read_segments
 from nbdsrv.repository.native.slots import Page, Root, slot_form
 from nbdsrv.store.store import Data, ObjectMissing, Store, Stored, StoreError
 
@@ -322,25 +323,17 @@ class Vault:
     def _load_index(self, usable: set[bytes] | None) -> tuple[Index, bool]:
         """False: a collector has put one segment in the place of some while they were loaded."""
         index, complete = Index(usable), True
-        for stored in self.store.list(INDEX):
-            if not stored.key.endswith(".ix"):
-                continue
-            try:
-                data = self.store.get(stored.key, MAX_SEGMENT)
-                segment = Segment.parse(stored.key, data, self.repository, self.hashing)
-            except ObjectMissing:
+        for _, found in read_segments(self.store, self.repository, self.hashing):
+            if isinstance(found, Segment):
+                index.add_segment(found)
+            elif isinstance(found, ObjectMissing):
                 complete = False
-                continue
-            except CorruptImage:
-                continue
-            except StoreError as error:
+            elif not isinstance(found, CorruptImage):
                 # A reader would take for lost, until the index changes, what an outage hid. A
                 # writer learns it from the packs that no segment knows then.
-                outage = usable is None and is_outage(error, self.store)
-                if error.errno in _DAMAGED and not outage:
-                    continue
-                raise
-            index.add_segment(segment)
+                outage = usable is None and is_outage(found, self.store)
+                if found.errno not in _DAMAGED or outage:
+                    raise found
         return index, complete
 
     def _elsewhere(self, id_: bytes) -> Iterator[Place]:

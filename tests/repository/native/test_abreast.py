@@ -9,7 +9,7 @@ import pytest
 from nbdsrv.repository.native.abreast import AHEAD, AHEAD_BYTES, THREADS_AFAR, abreast
 from nbdsrv.repository.native.census import Census
 from nbdsrv.repository.native.collect import collect
-from nbdsrv.repository.native.layout import METAS, PACKS, POINTS
+from nbdsrv.repository.native.layout import INDEX, METAS, PACKS, POINTS
 from nbdsrv.repository.native.mark import mark
 from nbdsrv.repository.native.prune import prune
 from nbdsrv.repository.native.vault import Vault
@@ -100,6 +100,17 @@ def test_roots_and_pages_are_read_many_at_a_time(
     roots = [near.root(disk.root) for record in near.points()[0] for disk in record.disks]
     assert len({root.pages.place(0)[:2] for root in roots}) == 40
     store = Afar(made, METAS)
+    work(Vault.open(store, str))
+    assert store.lonely == ""
+    assert TOGETHER <= store.most <= THREADS_AFAR
+
+
+@pytest.mark.parametrize("work", [Vault.index, Census], ids=["index", "census"])
+def test_segments_of_the_index_are_read_many_at_a_time(
+    made: MemoryStore, work: Callable[[Vault], object]
+) -> None:
+    """Every backup leaves one, until a collector merges them."""
+    store = Afar(made, INDEX)
     work(Vault.open(store, str))
     assert store.lonely == ""
     assert TOGETHER <= store.most <= THREADS_AFAR

@@ -1,0 +1,49 @@
+"""The segments of the index as they lie in a store, read one behind the other. Blocking.
+
+::
+
+    list index/ ── each: get, checked ──> (key, Segment), or (key, why it cannot be read)
+
+Every backup puts some, and a collector one in the place of all: between two of its runs there may
+be hundreds, each a request where the store is distant.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from nbdsrv.errors import DiskError
+from nbdsrv.repository.native.abreast import THREADS_AFAR, abreast
+from nbdsrv.repository.native.hashing import Hashing
+from nbdsrv.repository.native.index import MAX_SEGMENT, Segment
+from nbdsrv.repository.native.layout import INDEX
+from nbdsrv.store.store import Store, Stored
+
+__all__ = ["read_segments"]
+
+
+def read_segments(
+    store: Store, repository: bytes, hashing: Hashing
+) -> Iterator[tuple[str, Segment | DiskError]]:
+    """All of them by key, in the order of the listing, or why one cannot be read.
+
+    Args:
+        store: of the repository.
+        repository: its id.
+        hashing: how it names things.
+
+    Raises:
+        StoreError: they cannot be listed.
+    """
+
+    def read(stored: Stored) -> Segment | DiskError:
+        try:
+            data = store.get(stored.key, MAX_SEGMENT)
+            return Segment.parse(stored.key, data, repository, hashing)
+        except DiskError as error:
+            return error
+
+    objects = (stored for stored in store.list(INDEX) if stored.key.endswith(".ix"))
+    with ThreadPoolExecutor(THREADS_AFAR, "nbdsrv-index") as threads:
+        afar = threads if store.distant else None
+        for stored, found in abreast(afar, read, objects, lambda stored: stored.size):
+            yield stored.key, found
