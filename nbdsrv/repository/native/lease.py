@@ -135,8 +135,11 @@ class Lease:
         """
         self.refresh()
         if self._lapsed:
-            text = f"{self._store.name}: the lease of this backup could not be refreshed for"
-            raise RepositoryError(f"{text} {LAPSE_S / 60:.0f} minutes; nothing is committed, retry")
+            whose, end = "backup", "nothing is committed, retry"
+            if self.record.holder == "collector":
+                whose, end = "gc", "another may be at work by now, so it ends; run it again"
+            text = f"{self._store.name}: the lease of this {whose} could not be refreshed for"
+            raise RepositoryError(f"{text} {LAPSE_S / 60:.0f} minutes; {end}")
 
     def release(self) -> None:
         """Delete it. If that fails it goes stale in a day."""

@@ -92,6 +92,15 @@ def test_one_that_was_not_may_not_even_if_it_is_refreshed_now(
             lease.check()
 
 
+def test_a_collector_whose_lease_has_lapsed_is_not_told_of_a_backup(
+    store: MemoryStore, clock: Clock
+) -> None:
+    with Lease(store, "collector") as lease:
+        clock.now += LAPSE_S + 1
+        with pytest.raises(RepositoryError, match=r"this gc .* run it again"):
+            lease.check()
+
+
 def test_a_thread_refreshes_it(
     store: MemoryStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
