@@ -11,7 +11,7 @@ import uvloop
 from nbdsrv.cli.running import running_workers
 from nbdsrv.cli.words import counted, human, printable
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import ConfigError, RepositoryError
+from nbdsrv.errors import ConfigError, DiskError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.repository.native.layout import POINTS, group_of
 from nbdsrv.repository.native.repository import NativeRepository
@@ -68,7 +68,7 @@ async def _points(source: Source) -> Sequence[Point]:
                 return points
             try:
                 pinned = await repository.pinned()
-            except RepositoryError as error:  # no reason not to list
+            except DiskError as error:  # no reason not to list
                 click.echo(f"nbdsrv: {error}", err=True)
                 return points
             return [_flagged(point, pinned) for point in points]

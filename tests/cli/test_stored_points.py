@@ -44,6 +44,15 @@ def test_ls(build: Building) -> None:
     assert points[1]["flags"] == ["locked"]
 
 
+def test_ls_without_what_is_pinned(build: Building, tmp_path: Path) -> None:
+    """That pins cannot be listed is told, and is no reason to list nothing."""
+    (tmp_path / "repo" / "pins").symlink_to("pins")  # leads nowhere, also for root
+    run = nbdsrv("ls", _source(build))
+    assert run.returncode == 0
+    assert len(run.stdout.splitlines()) == 4
+    assert re.fullmatch(r"nbdsrv: .*pins.*\n", run.stderr)
+
+
 def test_info_of_a_repository(build: Building) -> None:
     facts = json.loads(nbdsrv("info", _source(build), "--json").stdout)
     assert facts["format"] == "repo"
