@@ -129,6 +129,12 @@ class Store(ABC):
         """Several (offset, length) of one object; a distant store asks for neighbours at once."""
         return [self.get_range(key, offset, length) for offset, length in ranges]
 
+    def doubt(self, key: str) -> None:
+        """What was read of the object was not what it must be: who keeps some of it forgets it,
+        so that whoever reads it again is given what lies there. Never fails.
+        """
+        del key
+
     def open_file(self, key: str) -> int | None:
         """A descriptor of the object, if it is a file here that is never changed; to be closed.
 

@@ -150,6 +150,7 @@ class Entries:
             with self._lock:
                 # What failed may be the salt: the next read looks at the pack's header again.
                 self._seals.pop(key, None)
+            self._store.doubt(key)  # or it broke on its way here
             text = f"corrupt repository: {key} at {place.offset}: {error}"
             raise CorruptImage(text) from error
 

@@ -97,6 +97,12 @@ class SpanStore(Store):
                 return whole[start : start + length]
         return self._inside.get_range(key, offset, length)
 
+    def doubt(self, key: str) -> None:
+        with self._lock:
+            for span in list(self._of.get(key, ())):
+                self._forget(span)
+        self._inside.doubt(key)
+
     def _covering(self, key: str, offset: int, length: int) -> _Span | None:
         for span in self._of.get(key, ()):
             if span.offset <= offset and offset + length <= span.offset + span.length:

@@ -98,6 +98,32 @@ async def test_random_reads_fetch_what_they_need(workers: Workers) -> None:
     await disk.close()
 
 
+@pytest.mark.parametrize("passphrase", [None, "open sesame"])
+async def test_a_span_that_broke_on_its_way_is_fetched_again(
+    workers: Workers, passphrase: str | None
+) -> None:
+    """It is kept in memory: what it held was an error until something pushed it out."""
+
+    class Noisy(FaultyStore):
+        def get_range(self, key: str, offset: int, length: int) -> Data:
+            data = super().get_range(key, offset, length)
+            if length < 2 * CHUNK:
+                return data
+            spans.append(key)
+            return bytes(length)
+
+    spans: list[str] = []
+    golden = random.Random(4).randbytes(4 * SPAN)
+    build = Building.fresh(passphrase=passphrase)
+    record = build.point("vm", {"sda": golden})
+    build.vault = Vault.open(SpanStore(Noisy(build.vault.store)), lambda: "open sesame")
+    disk = await open_disk(build, workers, record, "sda")
+    for at in range(0, disk.size, CHUNK):
+        assert await content(disk, at, CHUNK) == golden[at : at + CHUNK]
+    assert spans
+    await disk.close()
+
+
 async def test_a_span_that_fails_is_read_piece_by_piece(workers: Workers) -> None:
     golden = random.Random(4).randbytes(4 * SPAN)
     build = Building.fresh()
