@@ -12,7 +12,7 @@ the interpreter does one thing at a time anyway.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -75,3 +75,5 @@ def abreast(
     finally:
         for _, _, answer in waiting:
             answer.cancel()
+        if isinstance(items, Generator):
+            items.close()  # it may be asking ahead, too, and a store that is down takes its time

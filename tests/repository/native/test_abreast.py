@@ -179,6 +179,28 @@ def test_an_error_comes_in_its_turn_and_ends_the_asking() -> None:
     assert len(asked) <= 5 + AHEAD
 
 
+def test_an_error_ends_the_asking_of_those_before_too() -> None:
+    """A store that is down may take a minute for each."""
+    over = threading.Event()
+    asked = []
+
+    def second(item: tuple[int, None]) -> None:
+        number, _ = item
+        if number == 5:
+            raise ZeroDivisionError
+        if number > 5:
+            assert over.wait(10)
+
+    with ThreadPoolExecutor(1) as threads:
+        first = abreast(threads, asked.append, range(1000), lambda _: 1)
+        answers = abreast(threads, second, first, lambda _: 1)
+        assert [next(answers)[0][0] for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(ZeroDivisionError):
+            next(answers)
+        over.set()
+    assert len(asked) < 64 + 16
+
+
 def test_without_threads_nothing_is_asked_before_its_turn() -> None:
     asked: list[int] = []
     for number, _ in abreast(None, asked.append, range(10), lambda _: 1):
