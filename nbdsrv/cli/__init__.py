@@ -8,8 +8,10 @@ from importlib import import_module
 import click
 
 from nbdsrv import __version__
+from nbdsrv.cli.stopping import STOP, Stopped
 from nbdsrv.cli.streams import OutputError, abandon, prepare_streams
 from nbdsrv.errors import ConfigError, NbdsrvError
+from nbdsrv.store.answers import some_left_behind
 
 __all__ = ["main"]
 
@@ -61,24 +63,31 @@ def cli() -> None:
 
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
+    STOP.install()
     prepare_streams()
     if logging.lastResort is not None:  # the warnings of commands that keep no log
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
         code = _run()
         sys.stdout.flush()
+    except Stopped as stopped:  # while it printed
+        abandon(sys.stdout)
+        code = _fail(str(stopped), stopped.code)
     except OutputError as error:
         abandon(sys.stdout)
         code = _fail(str(error), 1)
     except BrokenPipeError:
         abandon(sys.stdout)  # its reader left; so may we
         code = 1
+    STOP.retire()
+    if some_left_behind():
+        _leave(code)
     sys.exit(code)
 
 
 def _run() -> int:
     try:
-        code: int = cli.main(prog_name="nbdsrv", standalone_mode=False)
+        code: int | None = cli.main(prog_name="nbdsrv", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
@@ -90,13 +99,23 @@ def _run() -> int:
         raise
     except NbdsrvError as error:
         return _fail(str(error), 1)
-    except (click.Abort, KeyboardInterrupt):
-        return 130
+    except Stopped as stopped:
+        return _fail(str(stopped), stopped.code)
     except FileNotFoundError:  # relative paths are made absolute in many places
         if _has_working_directory():
             raise
         return _fail("the working directory has been removed; change into another one", 1)
-    return code
+    return code or 0
+
+
+def _leave(code: int) -> None:
+    """Without what Python does at its end: a thread that is in a library then may abort it all."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass  # nobody takes it
+    os._exit(code)
 
 
 def _with_hint(error: click.ClickException) -> str:

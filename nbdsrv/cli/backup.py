@@ -9,6 +9,7 @@ from nbdsrv.cli.backup_print import print_outcome
 from nbdsrv.cli.init import repository_source
 from nbdsrv.cli.point_options import point_options, storage_of
 from nbdsrv.cli.quantities import parse_rate
+from nbdsrv.cli.stopping import run
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, Source, parse_source
 
@@ -93,8 +94,6 @@ def backup(
     VM or a repository of several has failed, or a changed block was found where none was said
     to be.
     """
-    import uvloop
-
     from nbdsrv.backup.engine import Order
     from nbdsrv.cli.backup_run import Job, Outcome, back_up
 
@@ -127,7 +126,7 @@ def backup(
         dry_run=dry_run,
         quiet=quiet,
     )
-    outcome: Outcome = uvloop.run(back_up(job))
+    outcome: Outcome = back_up(job)
     print_outcome(outcome, as_json=as_json, quiet=quiet)
     return outcome.code
 
@@ -154,8 +153,6 @@ def _parsed(
 
 def _origins(sources: Sequence[Source]) -> "Origins":
     """What those are that are points of other tools' repositories, by their text."""
-    import uvloop
-
     from nbdsrv.backup.origin import is_foreign, origins
     from nbdsrv.cli.running import running_workers
 
@@ -165,7 +162,7 @@ def _origins(sources: Sequence[Source]) -> "Origins":
         async with running_workers() as workers:
             return await origins(foreign, workers)
 
-    return uvloop.run(found()) if foreign else {}
+    return run(found()) if foreign else {}
 
 
 def _group(disks: Mapping[str, Source], origins: "Origins") -> str:

@@ -21,7 +21,7 @@ from nbdsrv.backup.preview import Preview, preview
 from nbdsrv.backup.report import Failed, Report
 from nbdsrv.backup.several import Together, for_each
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.stopping import stoppable
+from nbdsrv.cli.stopping import run
 from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.errors import ConfigError, DiskError, NbdsrvError
@@ -96,16 +96,17 @@ class Outcome:
         return DEGRADED if bad or mismatched or unlike else 0
 
 
-async def back_up(job: Job) -> Outcome:
-    """Do it; SIGINT and SIGTERM end it cleanly.
+def back_up(job: Job) -> Outcome:
+    """Do it; signals to stop end it cleanly.
 
     Raises:
         NbdsrvError: no point was made.
+        Stopped: likewise.
     """
     left = "no restore point was made"
     if len(job.machines) > 1:
         left = "VMs that were not finished have no new restore point"
-    return await stoppable(_back_up(job), left)
+    return run(_back_up(job), left)
 
 
 async def _back_up(job: Job) -> Outcome:

@@ -4,9 +4,9 @@ import json
 import time
 
 import click
-import uvloop
 
 from nbdsrv.cli.running import opened, running_workers
+from nbdsrv.cli.stopping import run
 from nbdsrv.copying.compare import Verdict
 from nbdsrv.copying.compare import compare as compare_disks
 from nbdsrv.copying.progress import progress
@@ -30,7 +30,7 @@ def compare(one: str, other: str, *, strict: bool, as_json: bool, quiet: bool) -
     rest of it must be zeroes.
     """
     began = time.monotonic()
-    verdict = uvloop.run(_compare(one, other, strict=strict, quiet=quiet))
+    verdict = run(_compare(one, other, strict=strict, quiet=quiet))
     duration = time.monotonic() - began
     if as_json:
         facts = {

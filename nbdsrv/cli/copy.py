@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import uvloop
 
 from nbdsrv.cli.running import opened, running_workers
-from nbdsrv.cli.stopping import SIGNALS, stoppable
+from nbdsrv.cli.stopping import SIGNALS, run
 from nbdsrv.cli.target_options import target_options
 from nbdsrv.cli.words import human
 from nbdsrv.copying.engine import Copy, Outcome
@@ -89,7 +88,7 @@ def copy(
     if order.target.place is Place.PIPE and sys.stdout.isatty():
         raise ConfigError(f"{target}: standard output is a terminal; redirect it")
     began = time.monotonic()
-    outcome = uvloop.run(_interruptible(order))
+    outcome = _interruptible(order)
     _report(order, outcome, time.monotonic() - began, as_json=as_json)
 
 
@@ -119,15 +118,15 @@ def _report(order: Order, outcome: Outcome, duration: float, *, as_json: bool) -
         )
 
 
-async def _interruptible(order: Order) -> Outcome:
+def _interruptible(order: Order) -> Outcome:
     """Copy; a signal to stop cleans up first."""
     if order.target.place is Place.PIPE:
         for number in SIGNALS:
             # Nothing to clean up, and a thread may hang in a write that nobody reads.
             signal.signal(number, signal.SIG_DFL)
-        return await _copy(order)
+        return run(_copy(order))
     left = "is incomplete" if order.target.in_place else "was not made"
-    return await stoppable(_copy(order), f"{order.target.text} {left}")
+    return run(_copy(order), f"{order.target.text} {left}")
 
 
 async def _copy(order: Order) -> Outcome:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import click
-import uvloop
 
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.stopping import stoppable
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import human, printable
 from nbdsrv.copying.progress import progress
 from nbdsrv.disk.workers import Workers
@@ -41,7 +40,8 @@ def copy_points(source: str, target: str, *, as_json: bool, quiet: bool) -> None
         migrate_points(from_, to, as_json=as_json, quiet=quiet)
         return
     began = time.monotonic()
-    done, damaged = uvloop.run(_interruptible(from_, to, quiet=quiet))
+    left = "points copied before are there; run it again"
+    done, damaged = run(_copy(from_, to, quiet=quiet), left)
     duration = round(time.monotonic() - began, 3)
     if as_json:
         facts = {
@@ -93,12 +93,6 @@ def target_passphrase() -> str:
 
 
 _Outcome = tuple[list[Transferred], list[str]]
-
-
-async def _interruptible(source: Source, target: Source, *, quiet: bool) -> _Outcome:
-    """Copy; a signal to stop lets go of what is held, leases above all."""
-    left = "points copied before are there; run it again"
-    return await stoppable(_copy(source, target, quiet=quiet), left)
 
 
 async def _copy(source: Source, target: Source, *, quiet: bool) -> _Outcome:

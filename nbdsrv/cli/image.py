@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import click
-import uvloop
 
 from nbdsrv.cli.layout import allocation_rows, extents, state
 from nbdsrv.cli.running import opened, running_workers
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import human
 from nbdsrv.copying.progress import Advance, progress
 from nbdsrv.disk.disk import Disk
@@ -78,22 +78,22 @@ async def _json_rows(disk: Disk, context: str, looking: Advance | None) -> list[
 
 
 def _with_disk(source: str, work: Callable[[Disk], Awaitable[T]], context: str | None = None) -> T:
-    async def run() -> T:
+    async def work_on() -> T:
         async with (
             running_workers() as workers,
             opened(source, workers, context=context) as disk,
         ):
             return await work(disk)
 
-    return uvloop.run(run())
+    return run(work_on())
 
 
 def _with_workers(work: Callable[[Workers], Awaitable[T]]) -> T:
-    async def run() -> T:
+    async def work_on() -> T:
         async with running_workers() as workers:
             return await work(workers)
 
-    return uvloop.run(run())
+    return run(work_on())
 
 
 async def _describe(disk: Disk) -> dict[str, Any]:

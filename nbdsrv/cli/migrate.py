@@ -14,10 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import click
-import uvloop
 
 from nbdsrv.cli.quantities import parse_rate
-from nbdsrv.cli.stopping import stoppable
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import human
 from nbdsrv.copying.progress import progress
 from nbdsrv.copying.target import Place, parse_target
@@ -85,12 +84,12 @@ def migrate(
         raise ConfigError("--to, --direct and --force are about TARGET; there is none")
     began = time.monotonic()
     if cancel:
-        found = uvloop.run(_cancel(order))
+        found = run(_cancel(order))
         if not quiet:
             click.echo("cancelled; the VM is on its old disk" if found else "nothing to cancel")
         return
     stays = "the VM goes on where it was" + (f"; {target} was removed" if target else "")
-    moved = uvloop.run(stoppable(_migrate(order), stays))
+    moved = run(_migrate(order), stays)
     _report(order, moved, time.monotonic() - began, as_json=as_json)
 
 

@@ -6,12 +6,11 @@ import time
 from dataclasses import asdict
 
 import click
-import uvloop
 
 from nbdsrv.backup.migrate import Migrated, Migration, SourceFailed
 from nbdsrv.cli.copy_points import chosen_points, open_native, target_passphrase
 from nbdsrv.cli.running import running_workers
-from nbdsrv.cli.stopping import stoppable
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import human
 from nbdsrv.copying.progress import progress
 from nbdsrv.errors import RepositoryError
@@ -32,7 +31,7 @@ def migrate_points(source: Source, target: Source, *, as_json: bool, quiet: bool
     """Copy the points that SOURCE names, and print what has become of each."""
     began = time.monotonic()
     left = "points copied before are there; run it again"
-    done, failed = uvloop.run(stoppable(_migrate(source, target, quiet=quiet), left))
+    done, failed = run(_migrate(source, target, quiet=quiet), left)
     if as_json:
         facts = {
             "source": source.text,

@@ -69,12 +69,11 @@ def commit(
     was changed. The VM may go on running; the overlay stays as it is and over what it is over.
     Where the base is no restore point, or another repository's, all of the disk is stored.
     """
-    import uvloop
-
     from nbdsrv.backup.engine import Order
     from nbdsrv.cli.backup_print import print_outcome
     from nbdsrv.cli.backup_run import Outcome
     from nbdsrv.cli.init import repository_source
+    from nbdsrv.cli.stopping import run
     from nbdsrv.overlay.commit import CHANGED, described
     from nbdsrv.overlay.place import find_overlay
 
@@ -90,7 +89,7 @@ def commit(
         consistency="crash",
     )
     to = [repository_source(text, "--to", written=True) for text in repositories]
-    report: Report = uvloop.run(_commit(path, disk, order, to, quiet=quiet))
+    report: Report = run(_commit(path, disk, order, to, quiet=quiet), "no restore point was made")
     outcome = Outcome(report=report)
     print_outcome(outcome, as_json=as_json, quiet=quiet)
     return outcome.code
@@ -124,7 +123,6 @@ async def _commit(
     from nbdsrv.backup.engine import Backup, Order, SourceDisk
     from nbdsrv.cli.backup_run import opened_destinations
     from nbdsrv.cli.running import running_workers
-    from nbdsrv.cli.stopping import stoppable
     from nbdsrv.copying.progress import progress
     from nbdsrv.overlay.commit import described, frozen_disk, parent_of
     from nbdsrv.repository.destination import Storage
@@ -139,7 +137,7 @@ async def _commit(
             source = SourceDisk(disk, partial(frozen_disk, path, workers))
             with progress(order.group, quiet=quiet) as advance:
                 work = Backup(destinations, workers, order, advance=advance, choose=choose)
-                report = await stoppable(work.run([source]), "no restore point was made")
+                report = await work.run([source])
     texts = {destination.name: source.text for destination, source in opened}
     report.disks = [dataclasses.replace(d, repository=texts[d.repository]) for d in report.disks]
     report.failed = [dataclasses.replace(f, repository=texts[f.repository]) for f in report.failed]

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import click
-import uvloop
 
 from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import counted, human, printable
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError
@@ -42,7 +42,7 @@ def ls(repository: str, *, as_json: bool) -> None:
         raise ConfigError(
             f"{repository}: not a repository; one is named by its kind, as repo:/path"
         )
-    points = uvloop.run(_points(source))
+    points = run(_points(source))
     if as_json:
         click.echo(json.dumps([_row(point) for point in points]))
     else:

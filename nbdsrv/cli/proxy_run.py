@@ -34,9 +34,9 @@ from nbdsrv.cli.serving import (
     tls_context,
     tls_mode,
 )
+from nbdsrv.cli.stopping import STOP, stoppable, unless_stopped
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
-from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Catalogue, Export
 from nbdsrv.export.grammar import Kind, Source
 from nbdsrv.export.opener import open_source
@@ -79,25 +79,19 @@ async def pass_on(passing: Passing) -> None:
         NbdsrvError: a source cannot be opened, or nothing can be listened to.
     """
     prepare_process(passing.serving)
+    _endure_hang_ups()
     workers = Workers()
     listeners = open_listeners(passing.serving)
-    stop = _Signals(asyncio.current_task())
-    with _closing(listeners):
+    stop = asyncio.Event()
+    with _closing(listeners), STOP.acting(stop.set, passing.serving.patience_s):
         front = _Front(passing, workers, listeners)
         for name, source in passing.disks.items():
             opening = partial(_open, source, workers, passing)
             # Not the whole path: where things lie is no concern of a client.
             front.add(name, os.path.basename(source.location), opening)
-        try:
-            with delivering(workers):  # fail now rather than when the first client comes
-                for export in front.catalogue:
-                    await export.acquire()
-                    await export.release()
-        except asyncio.CancelledError:
-            if stop.number is None:
-                raise
-        else:
-            stop.spare()
+        with delivering(workers):  # fail now rather than when the first client comes
+            opened = await unless_stopped(_look_at(front.catalogue))
+        if opened:
             await front.serve(stop)
     workers.close()
     ignore_signals()
@@ -109,16 +103,14 @@ async def tee_off(
     """Serve until told to stop, then make a restore point of what is served.
 
     Raises:
-        NbdsrvError: a source cannot be read, no point was made, or it was stopped twice.
+        NbdsrvError: a source cannot be read, or no point was made.
+        Stopped: twice.
     """
     prepare_process(passing.serving)
-    stop = _Signals(asyncio.current_task())
+    _endure_hang_ups()
     try:
-        return await _tee_off(passing, repositories, order, storage, stop)
-    except asyncio.CancelledError:
-        if stop.number is None:
-            raise
-        raise DiskError(f"stopped by {stop.number.name}: no restore point was made") from None
+        work = _tee_off(passing, repositories, order, storage)
+        return await stoppable(work, "no restore point was made")
     finally:
         ignore_signals()
 
@@ -128,7 +120,6 @@ async def _tee_off(
     repositories: Sequence[Source],
     order: Order,
     storage: Storage,
-    stop: "_Signals",
 ) -> Outcome:
     workers = Workers()
     async with running_workers() as storing:
@@ -146,7 +137,9 @@ async def _tee_off(
                     said = f"disk {name}" if source is None else os.path.basename(source.location)
                     front.add(name, said, partial(_itself, tee))
                 outside.close()  # the server's reactor does it, while there is one
-                await front.serve(stop)
+                stop = asyncio.Event()
+                with STOP.acting(stop.set, final=False):
+                    await front.serve(stop)
                 outside.enter_context(delivering(workers))
 
             targets = [destination for destination, _ in opened]
@@ -209,36 +202,15 @@ async def _itself(tee: Tee) -> Disk:
 # --- serving --------------------------------------------------------------------------------------
 
 
-class _Signals:
-    """The first one ends serving; another one, everything.
+def _endure_hang_ups() -> None:
+    """A hang-up must not end the server of a closed terminal's session."""
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # ignored, it would be inherited
 
-    Attributes:
-        number: of the one that ended everything.
-        serving: set while there is something else to end first.
-    """
 
-    def __init__(self, task: "asyncio.Task[Any] | None" = None) -> None:
-        """``task`` is what another one cancels, if anything."""
-        self.number: signal.Signals | None = None
-        self.serving: asyncio.Event | None = None
-        self._task = task
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._told, number)
-        # A hang-up must not end the server of a closed terminal's session.
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
-
-    def spare(self) -> None:
-        """From now on nothing is cancelled."""
-        self._task = None
-
-    def _told(self, number: signal.Signals) -> None:
-        if self.serving is not None:
-            self.serving.set()
-            self.serving = None
-        elif self.number is None and self._task is not None:
-            self.number = number  # once is enough: cleaning up must not be interrupted
-            self._task.cancel()
+async def _look_at(catalogue: Catalogue) -> None:
+    for export in catalogue:
+        await export.acquire()
+        await export.release()
 
 
 class _Front:
@@ -274,13 +246,12 @@ class _Front:
             )
         )
 
-    async def serve(self, signals: _Signals) -> None:
-        """Until a signal comes, or, if that was asked for, the last client has left."""
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Until told to stop, or, if that was asked for, the last client has left."""
         serving = self._passing.serving
         mode = tls_mode(serving, self.catalogue)
         context = tls_context(serving, mode)
         self._came.clear()
-        stop = signals.serving = asyncio.Event()
         server = Server(
             self.catalogue, self._workers, limits=serving.limits, tls=mode, context=context
         )
@@ -291,7 +262,6 @@ class _Front:
             await self._end(server, stop)
             notify("STOPPING=1")
         finally:
-            signals.serving = None
             await server.stop()
 
     async def _end(self, server: Server, stop: asyncio.Event) -> None:

@@ -83,16 +83,10 @@ def restore(
 
 
 def _patch(job: _Job, *, as_json: bool) -> None:
-    import uvloop
-
-    from nbdsrv.cli.stopping import stoppable
+    from nbdsrv.cli.stopping import run
 
     began = time.monotonic()
-
-    async def run() -> Outcome:
-        return await stoppable(_patched(job), f"{job.target.text} is half restored")
-
-    outcome = uvloop.run(run())
+    outcome = run(_patched(job), f"{job.target.text} is half restored")
     duration = time.monotonic() - began
     if as_json:
         facts = {

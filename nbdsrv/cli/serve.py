@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from nbdsrv.cli.serve_order import Order
 from nbdsrv.cli.serving import STDIO, Serving, server_options
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import counted
 from nbdsrv.disk.blocks import DEFAULT_CACHE
 from nbdsrv.errors import ConfigError
@@ -111,7 +112,7 @@ def serve(*, check: bool, **options: Any) -> None:
     if not check:
         uvloop.run(serve_until_told(order))
         return
-    exports, collections = uvloop.run(check_order(order))
+    exports, collections = run(check_order(order))
     what = order.config or "the command line"
     stored = counted(collections, "repository or VM")
     if collections != 1:

@@ -29,6 +29,7 @@ from nbdsrv.cli.serving import (
     tls_context,
     tls_mode,
 )
+from nbdsrv.cli.stopping import STOP, unless_stopped
 from nbdsrv.disk.blocks import BlockCache
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError, DiskError, NbdsrvError
@@ -90,23 +91,31 @@ async def serve_until_told(order: Order) -> None:
     prepare_process(wanted.serving)
     workers = Workers(cache=BlockCache(wanted.cache))
     service = _Service(order, wanted, workers)
-    try:
-        with delivering(workers):
-            opened = await service.open()
-        if not opened:
-            log.info("stop.early: nothing was served")
-        elif STDIO in wanted.serving.listen:
-            await service.serve_stdio()
-        else:
-            await service.serve()
-    finally:  # a VM that is frozen must not stay so
-        with delivering(workers):
-            await service.offers.close()
+    with STOP.acting(service.stop.set, wanted.serving.patience_s):
+        try:
+            with delivering(workers):
+                opened = await unless_stopped(service.open())
+            if not opened:
+                log.info("stop.early: nothing was served")
+            elif STDIO in wanted.serving.listen:
+                await service.serve_stdio()
+            else:
+                await service.serve()
+        finally:  # a VM that is frozen must not stay so
+            with delivering(workers):
+                await service.offers.close()
     workers.close()
     ignore_signals()
 
 
 class _Service:
+    """One server's.
+
+    Attributes:
+        stop: ends serving.
+        offers: what is served.
+    """
+
     def __init__(self, order: Order, wanted: Wanted, workers: Workers) -> None:
         self._order = order
         self._wanted = wanted
@@ -114,8 +123,7 @@ class _Service:
         self._catalogue = Catalogue()
         self.offers = Offers(self._catalogue, workers)
         self._audit = Audit(wanted.audit_file)
-        self._stop = asyncio.Event()
-        self._opening: asyncio.Task[None] | None = None
+        self.stop = asyncio.Event()
         self._ready = False
         self._hung_up_early = False
         self._reloading = asyncio.Lock()
@@ -127,24 +135,12 @@ class _Service:
         if order.config is not None:
             logging.getLogger(AUDIT).setLevel(logging.INFO)
 
-    async def open(self) -> bool:
-        """Open what is to be served, and look whether it can be read.
-
-        False if a signal has ended it: from the first VM that is frozen on there is something to
-        clean up, which the default actions of SIGTERM and SIGHUP would not.
-        """
-        self._watch_signals()
-        self._opening = asyncio.current_task()
-        try:
-            plan = await self.offers.prepare(self._wanted.offers)
-            _want_something(plan, self._order)
-            self.offers.commit(plan)
-        except asyncio.CancelledError:
-            if not self._stop.is_set():
-                raise
-        finally:
-            self._opening = None
-        return not self._stop.is_set()
+    async def open(self) -> None:
+        """Open what is to be served, and look whether it can be read."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+        plan = await self.offers.prepare(self._wanted.offers)
+        _want_something(plan, self._order)
+        self.offers.commit(plan)
 
     def _server(self) -> Server:
         serving = self._wanted.serving
@@ -168,7 +164,7 @@ class _Service:
         server = self._server()
         stream = standard_stream()
         server.serve(stream.sock)
-        await _first(self._stop, server)
+        await _first(self.stop, server)
         notify("STOPPING=1")
         await server.stop()
         stream.finish(serving.drain_timeout)
@@ -210,7 +206,7 @@ class _Service:
             server.watch()
         ticking = asyncio.create_task(self._tick())
         try:
-            await self._stop.wait()
+            await self.stop.wait()
         finally:
             ticking.cancel()
             watchdog.close()
@@ -273,23 +269,12 @@ class _Service:
                 return {"dropped": question.id}
         raise DiskError(f"there is no client {question.id}")
 
-    # --- signals and reloads ------------------------------------------------------
-
-    def _watch_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._told_to_stop)
-        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
-
-    def _told_to_stop(self) -> None:
-        if self._opening is not None and not self._stop.is_set():
-            self._opening.cancel()  # once is enough: cleaning up must not be interrupted
-        self._stop.set()
+    # --- reloads ------------------------------------------------------
 
     def _hung_up(self) -> None:
         # Without a file there is little to reload; but a hang-up must not end the server of a
         # closed terminal's session.
-        if self._stop.is_set() or not (self._order.config or self._order.audit_file):
+        if self.stop.is_set() or not (self._order.config or self._order.audit_file):
             return
         if STDIO in self._wanted.serving.listen:
             self._reopen_audit()  # there is no file, and so nothing else that could change

@@ -5,7 +5,6 @@
     options ── Serving ── tls_mode ── open_listeners ── Server ── announce ── a signal ── stop
 """
 
-import asyncio
 import contextlib
 import os
 import resource
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
+from nbdsrv.cli.stopping import PATIENCE_S, STOP
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.exports import Catalogue
 from nbdsrv.net.listener import Listener, activated_sockets, listen
@@ -79,6 +79,11 @@ class Serving:
         if not (serving.handshake_timeout > 0 and serving.drain_timeout >= 0):  # nan is neither
             raise ConfigError("--handshake-timeout and --drain-timeout are numbers of seconds")
         return serving
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds from a signal to stop until what is silent is waited for no more."""
+        return self.drain_timeout + PATIENCE_S
 
     @property
     def limits(self) -> Limits:
@@ -168,6 +173,7 @@ def server_options(command: Command) -> Command:
 
 def prepare_process(serving: Serving) -> None:
     """Descriptors for all connections; memory and threads that do not get in the loop's way."""
+    STOP.take_interrupts()
     few_arenas()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = serving.max_connections + 256
@@ -276,7 +282,5 @@ def _uri(listener: Listener, name: str, *, secure: bool) -> Uri:
 
 def ignore_signals() -> None:
     """We are on our way out: being told so once more must not change the exit code."""
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

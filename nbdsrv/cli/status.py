@@ -1,14 +1,15 @@
 """``nbdsrv status``: what a running server is doing."""
 
 import json
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 
 import click
 
 from nbdsrv.cli.status_view import plain, render
+from nbdsrv.cli.stopping import Stopped
 from nbdsrv.ops.admin_client import AdminClient, find_socket
 from nbdsrv.ops.jobs import running
 
@@ -59,14 +60,8 @@ def _look(client: AdminClient) -> "dict[str, object]":
 def _watch(client: AdminClient, document: "dict[str, object]", interval: float) -> None:
     from rich.live import Live
 
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with Live(screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(render(document, live.console.width), refresh=True)
-                time.sleep(interval)
-                document = _look(client)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with suppress(Stopped), Live(screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(render(document, live.console.width), refresh=True)
+            time.sleep(interval)
+            document = _look(client)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import click
-import uvloop
 
 from nbdsrv.cli.damage import conclude, print_damage
 from nbdsrv.cli.durations import parse_duration
 from nbdsrv.cli.quantities import parse_size
 from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.verify_foreign import verify_foreign
 from nbdsrv.cli.words import counted, human
 from nbdsrv.copying.progress import Advance, progress
@@ -112,7 +112,7 @@ def _verified(
     *,
     keyless: bool,
 ) -> Verified:
-    chosen = uvloop.run(_chosen(source)) if source.selector else None
+    chosen = run(_chosen(source)) if source.selector else None
     keyless = keyless and vault.config.cipher is not None
     return verify_vault(
         vault,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
-import uvloop
 
 from nbdsrv.cli.damage import conclude, print_damage
 from nbdsrv.cli.running import running_workers
+from nbdsrv.cli.stopping import run
 from nbdsrv.cli.words import counted, human
 from nbdsrv.copying.progress import progress
 from nbdsrv.export.grammar import Source
@@ -22,7 +22,7 @@ __all__ = ["verify_foreign"]
 
 def verify_foreign(source: Source, level: str, *, as_json: bool, quiet: bool) -> None:
     """Verify what SOURCE names, print the outcome, and exit with what it means."""
-    done = uvloop.run(_verified(source, level, quiet=quiet))
+    done = run(_verified(source, level, quiet=quiet))
     if as_json:
         click.echo(json.dumps({"repository": source.text, **asdict(done)}))
     else:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import obstore
@@ -92,7 +93,9 @@ class S3Store(Store):
     def put(self, key: str, data: Data) -> None:
         check_key(self.name, key)
         try:
-            obstore.put(self._writing, key, data, use_multipart=False)
+            self._reader.ask(
+                key, lambda: obstore.put(self._writing, key, data, use_multipart=False)
+            )
         except FAILURES as error:
             raise self._reader.explain(key, error) from error
 
@@ -135,7 +138,8 @@ class S3Store(Store):
     def _listing(self, prefix: str) -> Iterator[Stored]:
         last = ""
         try:
-            for page in obstore.list(self._reader.objects, prefix or None, chunk_size=PAGE):
+            pages = iter(obstore.list(self._reader.objects, prefix or None, chunk_size=PAGE))
+            while (page := self._reader.ask(prefix, partial(next, pages, None))) is not None:
                 for row in page:
                     key = row["path"]
                     if not is_key(key) or not key.startswith(prefix):
@@ -162,7 +166,7 @@ class S3Store(Store):
         attempt = 0
         while True:
             try:
-                return act()
+                return self._reader.ask(key, act)
             except FAILURES as error:
                 said = Said(error)
                 again = attempt < self._options.retries and time.monotonic() < last

@@ -8,14 +8,16 @@
 """
 
 import errno as os_errno
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as Bucket
 
 from nbdsrv.errors import ConfigError
+from nbdsrv.store.answers import answered
 from nbdsrv.store.s3_errors import explain
 from nbdsrv.store.s3_options import S3Options
 from nbdsrv.store.store import StoreError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
 __all__ = ["FAILURES", "BucketReader", "open_bucket"]
+
+T = TypeVar("T")
 
 FAILURES = (BaseError, OSError, ValueError)
 """What obstore raises."""
@@ -58,12 +62,7 @@ class BucketReader:
             StoreError: EFBIG if it is longer than ``limit``; before it is read.
         """
         try:
-            answer = obstore.get(self.objects, key)
-            size = answer.meta["size"]
-            if size > limit:
-                text = f"{self.name}/{key}: {size} bytes, more than {limit}"
-                raise StoreError(text, os_errno.EFBIG)
-            data = answer.bytes()
+            size, data = self.ask(key, lambda: self._whole(key, limit))
         except FAILURES as error:
             raise self.explain(key, error) from error
         if len(data) != size:
@@ -80,15 +79,34 @@ class BucketReader:
         if offset < 0 or length < 1:
             raise StoreError(f"{self.name}/{key}: {length} bytes at {offset}: no such range")
         try:
-            data = memoryview(obstore.get_range(self.objects, key, start=offset, length=length))
+            found = self.ask(
+                key, lambda: obstore.get_range(self.objects, key, start=offset, length=length)
+            )
         except FAILURES as error:
             raise self.explain(key, error) from error
+        data = memoryview(found)
         if len(data) != length:
             raise StoreError(
                 f"{self.name}/{key}: {length} bytes at {offset}, but it ends after {len(data)} "
                 "of them"
             )
         return data
+
+    def _whole(self, key: str, limit: int) -> tuple[int, "obstore.Bytes"]:
+        answer = obstore.get(self.objects, key)
+        size = answer.meta["size"]
+        if size > limit:
+            text = f"{self.name}/{key}: {size} bytes, more than {limit}"
+            raise StoreError(text, os_errno.EFBIG)
+        return size, answer.bytes()
+
+    def ask(self, key: str, call: Callable[[], T]) -> T:
+        """One call of obstore's about an object.
+
+        Raises:
+            StoreError: given up, for the process is to end; else what ``call`` raises.
+        """
+        return answered(f"{self.name}/{key}".rstrip("/"), call)
 
     def explain(self, key: str, error: Exception) -> StoreError:
         """What went wrong with an object, from what obstore raised."""

@@ -37,7 +37,8 @@ class S3Tree(Tree):
         check_path(self.name, path)
         below = f"{path}/" if path else None
         try:
-            found = obstore.list_with_delimiter(self._reader.objects, below)
+            objects = self._reader.objects
+            found = self._reader.ask(path, lambda: obstore.list_with_delimiter(objects, below))
         except FAILURES as error:
             raise self._reader.explain(path, error) from error
         nodes = {
@@ -58,7 +59,7 @@ class S3Tree(Tree):
         name = path.rpartition("/")[2]
         try:
             if path:
-                row = obstore.head(self._reader.objects, path)
+                row = self._reader.ask(path, lambda: obstore.head(self._reader.objects, path))
                 modified = row["last_modified"].timestamp()
                 return Node(name, directory=False, size=row["size"], modified=modified)
         except FAILURES as error:

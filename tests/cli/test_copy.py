@@ -336,7 +336,7 @@ def test_stopped_it_leaves_nothing(tmp_path: Path, number: signal.Signals) -> No
         until(lambda: os.listdir(directory))
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (128 + number, "")
     assert err == f"nbdsrv: stopped by {number.name}: {target} was not made\n"
     assert os.listdir(directory) == []
 

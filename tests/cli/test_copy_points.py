@@ -111,7 +111,7 @@ def test_told_to_stop_it_holds_no_lease(tmp_path: Path, points: list[PointRecord
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=PATIENCE)
-    assert (1, "") == (process.returncode, out), err
+    assert (128 + signal.SIGTERM, "") == (process.returncode, out), err
     assert "stopped by SIGTERM" in err
     assert 1 == err.count("\n")
     assert [] == list((target / "leases").iterdir())

@@ -165,7 +165,7 @@ async def test_stopped_by_a_signal(tmp_path: Path, vms: list[Machine], number: i
             await asyncio.sleep(0.02)
         process.send_signal(number)
         out, said = await asyncio.to_thread(process.communicate, timeout=20)
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (128 + number, "")
     assert said == f"nbdsrv: stopped by {signal.Signals(number).name}: no restore point was made\n"
     assert await vm.left() == []
     assert await vm.checkpoints() == before
