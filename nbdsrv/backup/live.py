@@ -150,7 +150,7 @@ class LiveBackup:
                     done = LiveReport(vm, report, cleaned=cleaned)
                     lacking = self._absent or report.failed
                     needed = needed_checkpoints(known) if lacking else []
-                    await _finished(partial(frozen.succeed, needed))
+                    await _finished(partial(frozen.succeed, needed), frozen.hurry)
         except SourceError as error:
             if done is None:
                 raise
@@ -262,11 +262,13 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-async def _finished(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def _finished(
+    work: Callable[[], Coroutine[Any, Any, None]], hurry: Callable[[], None]
+) -> None:
     """Once begun it is finished: half of an advance is of no use to anybody."""
     task = asyncio.ensure_future(work())
     try:
-        await insist(task)
+        await insist(task, hurry=hurry)
     except asyncio.CancelledError:
         task.result()  # what has gone wrong in it counts for more
         raise

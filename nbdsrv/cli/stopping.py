@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from nbdsrv.errors import NbdsrvError
 from nbdsrv.store.answers import give_up
+from nbdsrv.store.store import StoreError
 
 __all__ = ["SIGNALS", "STOP", "Stop", "Stopped", "run", "stoppable", "unless_stopped"]
 
@@ -159,7 +160,9 @@ async def stoppable(work: Awaitable[T], left: str = "") -> T:
         except NbdsrvError as error:
             if STOP.told is None:
                 raise
-            raise Stopped(STOP.told, f"{left}; {error}" if left else str(error)) from error
+            # A store that was given up changes nothing about what is left; all else may.
+            both = left and isinstance(error, StoreError)
+            raise Stopped(STOP.told, f"{left}; {error}" if both else str(error)) from error
 
 
 async def unless_stopped(work: Awaitable[object]) -> bool:

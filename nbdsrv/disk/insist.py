@@ -1,7 +1,7 @@
 """Awaiting what must be done to its end, whoever has lost patience: threads, thawing ..."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 __all__ = ["insist"]
@@ -9,10 +9,12 @@ __all__ = ["insist"]
 T = TypeVar("T")
 
 
-async def insist(work: Awaitable[T]) -> T:
+async def insist(work: Awaitable[T], *, hurry: Callable[[], None] | None = None) -> T:
     """Await ``work`` to its end, even if the caller is cancelled meanwhile; then be cancelled.
 
-    ``work`` has deadlines of its own: it cannot be hurried.
+    Args:
+        work: has deadlines of its own.
+        hurry: is called when the caller is cancelled: shortens them.
     """
     task = asyncio.ensure_future(work)
     cancelled = None
@@ -21,6 +23,8 @@ async def insist(work: Awaitable[T]) -> T:
             await asyncio.shield(task)
         except asyncio.CancelledError as error:
             cancelled = error
+            if hurry is not None:
+                hurry()
         except BaseException:  # noqa: BLE001 - raised again by result() below
             break
     if cancelled is not None:

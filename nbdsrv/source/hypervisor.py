@@ -79,6 +79,9 @@ class Frozen(ABC):
     consistency: str
     facts: Mapping[str, Any]
 
+    def hurry(self) -> None:
+        """We are to end soon: a hypervisor that says nothing is not waited for as long as usual."""
+
     async def still_frozen(self) -> None:
         """Ask before anything that was read is committed.
 

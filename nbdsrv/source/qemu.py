@@ -6,6 +6,7 @@
     qmp        qemu_scratch                  qemu_leftovers                      qemu_frozen
 """
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -68,12 +69,15 @@ class QemuVm(Hypervisor):
                     await frozen.make(await self._name_of(client), known, disks)
                 async with frozen.watched():
                     yield frozen
+            except asyncio.CancelledError:
+                frozen.hurry()
+                raise
             except DiskError as error:
                 if frozen.trouble and frozen.trouble not in str(error):
                     raise SourceError(f"{self.name}: {frozen.trouble}") from error
                 raise
             finally:
-                await insist(frozen.release())
+                await insist(frozen.release(), hurry=frozen.hurry)
                 await frozen.client.close()
 
     async def clean(self) -> Sequence[str]:

@@ -136,8 +136,11 @@ class QemuFrozen(Frozen):
         try:
             quiet = await self._quieten(agent)
             await transaction(self.client, self._chosen, self._checkpoint)
+        except asyncio.CancelledError:
+            self.hurry()
+            raise
         finally:
-            await insist(self._wake(agent))
+            await insist(self._wake(agent), hurry=self.hurry)
         self.consistency = "filesystem" if quiet else "crash"
 
     async def _quieten(self, agent: GuestAgent) -> bool:
@@ -243,6 +246,10 @@ class QemuFrozen(Frozen):
 
     # --- the way out ---------------------------------------------------------------------
 
+    def hurry(self) -> None:
+        """As for the monitor."""
+        self.client.hurry()
+
     async def succeed(self, needed: Collection[str] = ()) -> None:
         """The new checkpoint stays; what nobody needs any more is removed."""
         self._succeeded = True
@@ -271,13 +278,14 @@ class QemuFrozen(Frozen):
                 with making_sense(self.client.name):
                     await self._release()
         except SourceError as error:
-            log.warning("qemu.left vm=%s reason=%s", self.client.name, error)
+            text = f"{error}; the next backup removes what there is"
+            log.warning("qemu.left vm=%s reason=%s", self.client.name, text)
         except TimeoutError:
             text = f"QEMU did not answer within {RELEASE_S:g} s; the next backup removes it"
             log.warning("qemu.left vm=%s reason=%s", self.client.name, text)
 
     async def _release(self) -> None:
-        if self.client.lost:
+        if self.client.lost and not self.client.hurried:
             # The monitor may have been taken from us while QEMU goes on.
             self.client = await self._reconnect()
         try:

@@ -19,12 +19,13 @@ with. After the pivot the nodes of the old disk that nobody needs are closed, so
 free.
 """
 
+import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdsrv.disk.insist import insist
 from nbdsrv.formats.image_lock import check_free
@@ -39,8 +40,17 @@ AGAIN_S = 0.5
 """Seconds between two looks at how far a job is."""
 PIVOT_S = 600.0
 """For a job to end once it has been told to: what is in flight on a slow disk is waited for."""
+HURRY_S = 10.0
+"""For a job that is cancelled because we are to end: what is in flight may hang."""
 MAX_NODES = 64
 """Of a disk's chain that are closed behind it."""
+
+GOES_ON = (
+    "if QEMU still runs, the move may go on; run the command again to finish it, or with --cancel"
+    " to end it"
+)
+
+T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,100}")
 
@@ -131,15 +141,15 @@ class QemuMove:
                 await self._mirror(disk, job, target)
             moved.copied = await self._ready(job, advance)
             self._pivoting = True
-            await insist(self._pivot(job, disk, target))
+            await self._insist(self._pivot(job, disk, target))
         except QmpLost as error:
-            hint = "if QEMU still runs, the move goes on; run the command again to finish it"
-            raise SourceError(f"{error}; {hint}") from error
-        except BaseException:
+            raise SourceError(f"{error}; {GOES_ON}") from error
+        except BaseException as error:
+            self._hear(error)
             if not self._pivoting or await self._still_on(disk):
-                await insist(self._undo(job, target, made=made))
+                await self._ended(self._undo(job, target, made=made))
             raise
-        moved.kept = await insist(self._close_nodes(chain))
+        moved.kept = await self._insist(self._close_nodes(chain))
         return moved
 
     async def stream(self, advance: Advance | None = None) -> Moved:
@@ -167,11 +177,12 @@ class QemuMove:
             moved.copied = await self._ready(job, advance)
         except QmpLost:
             raise
-        except BaseException:
-            await insist(self._end(job))
+        except BaseException as error:
+            self._hear(error)
+            await self._ended(self._end(job))
             raise
         await self._dismiss(job)
-        moved.kept = await insist(self._close_nodes(below))
+        moved.kept = await self._insist(self._close_nodes(below))
         return moved
 
     async def cancel(self) -> bool:
@@ -189,6 +200,22 @@ class QemuMove:
     @property
     def _name(self) -> str:
         return self._client.name
+
+    # --- to the end, whatever happens ------------------------------------------------------------
+
+    def _hear(self, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self._client.hurry()
+
+    async def _insist(self, work: Awaitable[T]) -> T:
+        return await insist(work, hurry=self._client.hurry)
+
+    async def _ended(self, work: Awaitable[None]) -> None:
+        """Raises: SourceError if it cannot be, which is more to know than why it was to."""
+        try:
+            await self._insist(work)
+        except SourceError as error:
+            raise SourceError(f"{error}; {GOES_ON}") from error
 
     # --- before ----------------------------------------------------------------------------------
 
@@ -257,8 +284,9 @@ class QemuMove:
                 await self._client.execute("blockdev-del", {"node-name": _under(target)})
             node = {"driver": target.format, "node-name": target.node, "discard": "unmap"}
             await self._client.execute("blockdev-add", {**node, "file": below})
-        except BaseException:
-            await insist(self._undo(job, target, made=made))
+        except BaseException as error:
+            self._hear(error)
+            await self._ended(self._undo(job, target, made=made))
             raise
         return made
 
@@ -380,8 +408,9 @@ class QemuMove:
                 await self._client.execute("job-cancel", {"id": job})
             except QmpRefused:
                 pass  # it has just ended by itself
+            limit_s = HURRY_S if self._client.hurried else PIVOT_S
             ended = self._client.until(
-                lambda: self._is_in(job, {"concluded", ""}), "ending the move", timeout_s=PIVOT_S
+                lambda: self._is_in(job, {"concluded", ""}), "ending the move", timeout_s=limit_s
             )
             await ended
         await self._dismiss(job)

@@ -40,6 +40,8 @@ CONNECT_S = 10.0
 """From the first packet to the end of the greeting."""
 COMMAND_S = 60.0
 """For an answer: a command may have to wait for what a slow disk has in flight."""
+HURRY_S = 10.0
+"""The same once we are to end: by then a QEMU that will answer has."""
 LOOK_AGAIN_S = 1.0
 """``until`` asks so often even if no event comes."""
 
@@ -71,6 +73,7 @@ class QmpClient:
         name: for messages.
         version: QEMU's, (major, minor, micro).
         lost: why the connection is gone, or "".
+        hurried: are we to end soon?
         on_event: called with an event's name and data. Must not raise.
     """
 
@@ -80,6 +83,7 @@ class QmpClient:
         self.name = name
         self.version = (0, 0, 0)
         self.lost = ""
+        self.hurried = False
         self.on_event: Event = lambda _name, _data: None
         self._reader = reader
         self._writer = writer
@@ -124,7 +128,7 @@ class QmpClient:
         """Give a command and return what it returns.
 
         When this is cancelled, or gives up after ``timeout_s``, QEMU may carry the command out all
-        the same.
+        the same. Who is hurried waits ``HURRY_S`` at most; then there is no connection any more.
 
         Raises:
             QmpRefused: QEMU's own error.
@@ -142,9 +146,12 @@ class QmpClient:
         self._waiting[number] = future
         try:
             self._writer.write(json.dumps(request).encode() + b"\n")
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(timeout_s, HURRY_S) if self.hurried else timeout_s):
                 answer = await future
         except TimeoutError:
+            if self.hurried:
+                self._fall_silent({number})
+                raise self._gone() from None
             raise SourceError(f"{self.name}: no answer to {command} in {timeout_s:g} s") from None
         finally:
             future.cancel()  # its answer, should it still come, is known and dropped
@@ -156,6 +163,17 @@ class QmpClient:
         error = answer["error"]
         kind, description = (str(error.get(key, "")) for key in ("class", "desc"))
         raise QmpRefused(f"{self.name}: {command}: {description}", kind, description)
+
+    def hurry(self) -> None:
+        """We are to end soon: a QEMU that says nothing for ``HURRY_S`` is taken for gone."""
+        if not self.hurried:
+            self.hurried = True
+            asked = set(self._waiting)  # also what nobody waits for any more: it is answered first
+            asyncio.get_running_loop().call_later(HURRY_S, self._fall_silent, asked)
+
+    def _fall_silent(self, asked: set[int]) -> None:
+        if not asked.isdisjoint(self._waiting):
+            self._fail(f"QEMU has not answered for {HURRY_S:g} s")
 
     async def until(
         self, done: Callable[[], Awaitable[bool]], what: str, *, timeout_s: float = COMMAND_S

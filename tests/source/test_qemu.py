@@ -8,25 +8,26 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
-from nbdsrv.source import qemu_frozen
+from nbdsrv.source import qemu_frozen, qmp
 from nbdsrv.source.hypervisor import Frozen, SourceError
 from nbdsrv.source.opening import open_frozen
 from nbdsrv.source.qemu import QemuVm
 from nbdsrv.source.qemu_frozen import QemuFrozen
 from nbdsrv.source.qemu_move import MoveTarget, QemuMove
 from nbdsrv.source.qemu_scratch import Scratch
-from nbdsrv.source.qmp import QmpClient
+from nbdsrv.source.qmp import QmpClient, open_qmp
 from tests.disk.reading import content
 from tests.source.victims import victim
 from tests.source.virtual_machine import BLOCK, MIB, Drive, Machine, machine
@@ -203,6 +204,72 @@ async def test_a_qemu_that_takes_too_long_is_left_and_that_is_told(
     assert "reason=QEMU did not answer within 0.1 s; the next backup removes it" in caplog.text
     assert await vm_of(guest, workers).clean()
     assert await guest.left() == []
+
+
+async def test_cancelled_a_qemu_that_hangs_is_not_waited_for_as_usual(
+    guest: Machine,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(qmp, "HURRY_S", 0.3)
+    frozen = asyncio.Event()
+
+    async def reading() -> None:
+        async with vm_of(guest, workers).freeze({}):
+            frozen.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(reading())
+    await frozen.wait()
+    with hung(guest):
+        task.cancel()
+        async with asyncio.timeout(20):
+            await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+    assert "has not answered for 0.3 s; the next backup removes what there is" in caplog.text
+    assert await vm_of(guest, workers).clean()
+    assert await guest.left() == []
+
+
+async def test_a_cancelled_move_of_a_qemu_that_hangs_says_how_to_go_on(
+    guest: Machine, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "HURRY_S", 0.3)
+    target = MoveTarget(str(tmp_path / "moved.qcow2"), "qcow2")
+    await guest.write_some(random.Random(1), 20)
+    async with monitor(guest) as client:
+        under_way = asyncio.Event()
+        move = QemuMove(client, "vd0", rate=65536)
+        task = asyncio.create_task(move.to(target, lambda _, __: under_way.set()))
+        await under_way.wait()
+        with hung(guest):
+            task.cancel()
+            async with asyncio.timeout(20):
+                with pytest.raises(SourceError, match=r"run the command again .* --cancel to end"):
+                    await task
+    async with monitor(guest) as client:
+        move = QemuMove(client, "vd0")
+        assert await move.cancel()
+
+
+@contextmanager
+def hung(vm: Machine) -> Iterator[None]:
+    """It takes what it is sent, and says nothing."""
+    vm.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        vm.process.send_signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def monitor(vm: Machine) -> AsyncIterator[QmpClient]:
+    client = await open_qmp("vm", path=vm.monitor)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 async def test_killed_at_any_command_the_next_incremental_is_exact(

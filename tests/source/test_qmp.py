@@ -274,3 +274,33 @@ async def test_a_vm_whose_answers_make_no_sense(
 
 SANE: list[object] = [[], [], [], [], {"name": "vm"}, [], {}, {}]
 """What a QEMU answers in which nothing was left behind: exports, jobs twice, nodes, its name."""
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+async def test_in_a_hurry_a_silent_one_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked_before: bool
+) -> None:
+    monkeypatch.setattr(qmp, "HURRY_S", 0.2)
+    async with peer(tmp_path / "sock", answering(lambda _: b"")) as path:
+        client = await open_qmp("vm", path=path)
+        waiting = asyncio.create_task(client.execute("query-name")) if asked_before else None
+        await asyncio.sleep(0)
+        client.hurry()
+        client.hurry()
+        for asked in (waiting or client.execute("query-name"), client.execute("query-status")):
+            with pytest.raises(QmpLost, match=r"vm: QEMU has not answered for 0\.2 s"):
+                await asked
+        await client.close()
+
+
+async def test_in_a_hurry_one_that_answers_is_asked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "HURRY_S", 0.2)
+    talk = answering(lambda asked: line({"return": asked["execute"], "id": asked["id"]}))
+    async with peer(tmp_path / "sock", talk) as path:
+        client = await open_qmp("vm", path=path)
+        client.hurry()
+        await asyncio.sleep(0.4)
+        assert await client.execute("query-name") == "query-name"
+        await client.close()
