@@ -110,6 +110,7 @@ def _run() -> int:
 
 def _leave(code: int) -> None:
     """Without what Python does at its end: a thread that is in a library then may abort it all."""
+    logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

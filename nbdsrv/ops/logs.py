@@ -15,6 +15,8 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from nbdsrv.ops.log_stream import LogStream
+
 __all__ = ["AUDIT", "JsonFormatter", "set_up"]
 
 AUDIT = "nbdsrv.audit"
@@ -44,12 +46,13 @@ class JsonFormatter(logging.Formatter):
 
 def set_up(verbosity: int, form: str = "text") -> None:
     """Log to standard error: warnings, and with each ``-v`` more. ``form``: "text" or "json"."""
-    handler = logging.StreamHandler(sys.stderr)
+    root = logging.getLogger()
+    handler = next((each for each in root.handlers if isinstance(each, LogStream)), None)
+    handler = handler or LogStream(sys.stderr.fileno())  # one: it may have lines to write still
     if form == "json":
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
-    root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS.get(verbosity, logging.DEBUG))
     logging.getLogger("asyncio").setLevel(logging.WARNING)

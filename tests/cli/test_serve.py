@@ -1,5 +1,6 @@
 """``nbdsrv serve`` from its first line to its exit code."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 from authority import Certificates
 
-from protocol.uri import Uri
-from tests.cli.program import COMMAND, environment, nbdsrv, serving
+from protocol.uri import Uri, parse
+from tests.cli.program import COMMAND, PATIENCE, environment, nbdsrv, serving
 
 GREETING = b"NBDMAGICIHAVEOPT"
 
@@ -82,6 +83,30 @@ def test_sighup_does_not(tmp_path: Path, disk: Path) -> None:
         served.process.send_signal(signal.SIGHUP)
         assert greeting(served.uris[0]) == GREETING
         assert served.stop() == (0, "")
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path, disk: Path) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        with subprocess.Popen(
+            [*COMMAND, "serve", disk, "--listen", f"unix:{tmp_path}/sock", "-vv"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=writer,
+            text=True,
+            env=environment(),
+        ) as process:
+            assert process.stdout is not None
+            uri = parse(process.stdout.readline().strip())
+            for _ in range(60):
+                assert size(uri) == 100_001
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        assert os.read(reader, 4096).startswith(b"nbdsrv: session.open ")
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_an_idle_client_does_not_delay_the_end(tmp_path: Path, disk: Path) -> None:
