@@ -17,9 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdsrv.cli.quantities import parse_rate
-from nbdsrv.cli.serving import Serving
+from nbdsrv.cli.serving import STDIO, Serving, socket_mode
 from nbdsrv.errors import ConfigError
 from nbdsrv.export.grammar import Kind, parse_source
+from nbdsrv.ops.endpoints import parse_endpoint, parse_socket, parse_tcp
 from nbdsrv.ops.offers import Offer
 from nbdsrv.ops.runtime import ADMIN_SOCKET
 from nbdsrv.ops.settings import ExportTable, Settings
@@ -81,6 +82,12 @@ def understand(order: Order) -> Wanted:
     Raises:
         ConfigError: command line or file make no sense.
     """
+    wanted = _both(order)
+    _check_places(wanted)
+    return wanted
+
+
+def _both(order: Order) -> Wanted:
     offers = _from_command_line(order)
     if order.config is None:
         return Wanted(
@@ -108,6 +115,25 @@ def understand(order: Order) -> Wanted:
         order.log_format if "log_format" in order.given else settings.log.format,
         order.verbose or _LEVELS[settings.log.level],
     )
+
+
+def _check_places(wanted: Wanted) -> None:
+    """Those of the command line; the file's are known to be places by now."""
+    socket_mode(wanted.serving)
+    for where in wanted.serving.listen:
+        if where != STDIO:
+            _named(f"--listen {where}", parse_endpoint, where)
+    if wanted.admin_socket is not None:
+        _named(f"--admin-socket {wanted.admin_socket}", parse_socket, wanted.admin_socket)
+    if wanted.metrics is not None:
+        _named(f"--metrics {wanted.metrics}", parse_tcp, wanted.metrics)
+
+
+def _named(option: str, parse: Callable[[str], object], text: str) -> None:
+    try:
+        parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def _admin_socket(settings: Settings) -> str | None:

@@ -22,6 +22,8 @@ from protocol.constants import NBD_PORT
 
 __all__ = ["Listener", "activated_sockets", "identity", "listen", "split_address"]
 
+MAX_SOCKET_PATH = 107
+"""Bytes: unix(7)."""
 BACKLOG = 1024
 """Connections the kernel completes for us while we are busy; it caps this at somaxconn."""
 FIRST_ACTIVATED_FD = 3
@@ -140,9 +142,25 @@ def _listen_tcp(where: str, host: str | None, port: int) -> Iterator[Listener]:
     yield from opened
 
 
+def check_socket_path(path: str) -> None:
+    """Can a Unix socket be there?
+
+    Raises:
+        ConfigError: no.
+    """
+    length = len(os.fsencode(path))
+    if not path or "\0" in path:
+        raise ConfigError("a socket needs a path")
+    if length > MAX_SOCKET_PATH:
+        text = f"a socket's path has {MAX_SOCKET_PATH} bytes at most, this one has {length}"
+        raise ConfigError(text)
+
+
 def _listen_unix(path: str, mode: int) -> Listener:
-    if not path:
-        raise ConfigError("--listen unix: needs a path")
+    try:
+        check_socket_path(path)
+    except ConfigError as error:
+        raise ConfigError(f"--listen unix:{path}: {error}") from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous = os.umask(0o777 & ~mode)
     try:

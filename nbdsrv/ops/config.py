@@ -25,7 +25,7 @@ from nbdsrv.export.access import EVERYBODY, Access, Grant, Rule, parse_subject
 from nbdsrv.export.exports import is_name
 from nbdsrv.export.grammar import Kind, Source, parse_source
 from nbdsrv.net.tls import server_context
-from nbdsrv.ops.endpoints import Endpoint, overlapping, parse_endpoint, parse_tcp
+from nbdsrv.ops.endpoints import Endpoint, overlapping, parse_endpoint, parse_socket, parse_tcp
 from nbdsrv.ops.settings import ExportTable, RepositoryTable, RuleTable, Settings
 from nbdsrv.ops.toml_lines import Path, key_lines
 from nbdsrv.repository.passphrase import VARIABLE, passphrase_of
@@ -305,7 +305,9 @@ class _Reading:
         if settings.listen is not None and not settings.listen:
             raise self.mistake(("listen",), "nothing to listen on; leave it out for the default")
         if settings.admin is not None:
-            self._check_free(taken, ("admin", "socket"), Endpoint(path=settings.admin.socket))
+            where = ("admin", "socket")
+            place = self._try(where, partial(parse_socket, settings.admin.socket))
+            self._check_free(taken, where, place)
         if settings.metrics is not None:
             where = ("metrics", "listen")
             place = self._try(where, partial(parse_tcp, settings.metrics.listen))

@@ -5,9 +5,9 @@ import socket
 from dataclasses import dataclass
 
 from nbdsrv.errors import ConfigError
-from nbdsrv.net.listener import split_address
+from nbdsrv.net.listener import check_socket_path, split_address
 
-__all__ = ["Endpoint", "overlapping", "parse_endpoint", "parse_tcp"]
+__all__ = ["Endpoint", "overlapping", "parse_endpoint", "parse_socket", "parse_tcp"]
 
 SYSTEMD = "systemd"
 _ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104 - compared with, not bound
@@ -32,26 +32,39 @@ def parse_endpoint(text: str) -> Endpoint:
     if text == SYSTEMD:
         return Endpoint(systemd=True)
     if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or "\0" in path:
-            raise ConfigError("unix: needs a path")
-        return Endpoint(path=path)
+        return parse_socket(text.removeprefix("unix:"))
     if text == "stdio":
         raise ConfigError("stdio serves one client and is for the command line only")
-    return parse_tcp(text)
+    return _tcp(text, f"HOST:PORT, unix:PATH or {SYSTEMD}")
+
+
+def parse_socket(path: str) -> Endpoint:
+    """A Unix socket's path.
+
+    Raises:
+        ConfigError: none can be there.
+    """
+    check_socket_path(path)
+    return Endpoint(path=path)
 
 
 def parse_tcp(text: str) -> Endpoint:
-    """``HOST:PORT``.
+    """``HOST:PORT``; the port of NBD is not meant where none is named.
 
     Raises:
         ConfigError: it is none.
     """
+    if not text.rpartition("]")[2].rpartition(":")[1]:
+        raise ConfigError("expected HOST:PORT")
+    return _tcp(text, "HOST:PORT")
+
+
+def _tcp(text: str, expected: str) -> Endpoint:
     try:
         host, port = split_address(text)
     except ConfigError as error:
         reason = str(error).removeprefix(f"--listen {text}: ")
-        raise ConfigError(reason.replace("or stdio", f"or {SYSTEMD}")) from error
+        raise ConfigError(reason.replace("HOST:PORT, unix:PATH or stdio", expected)) from error
     return Endpoint(host=host, port=port)
 
 

@@ -12,7 +12,6 @@ were, ``nbdsrv_requests_total`` does.
 
 import asyncio
 import contextlib
-import os
 import socket
 import socketserver
 import threading
@@ -247,7 +246,7 @@ class MetricsEndpoint:
                 handler_class=_Handler,
             )
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+            reason = error.strerror or str(error)
             raise ListenError(f"metrics: cannot listen on {where}: {reason}") from error
         except UnicodeError as error:
             raise ListenError(f"metrics: {where}: no host can have this name") from error

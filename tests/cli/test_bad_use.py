@@ -336,7 +336,6 @@ def test_unix_socket_of_another_server(tmp_path: Path, disk: Path) -> None:
 def test_unix_path_that_cannot_be(tmp_path: Path, disk: Path) -> None:
     for path, says in (
         (tmp_path / "nowhere" / "sock", "No such file"),
-        (tmp_path / ("x" * 120), "too long"),
         (disk, "not a socket"),
     ):
         said = refusal(FAILED, "serve", disk, "--listen", f"unix:{path}")

@@ -78,6 +78,7 @@ def test_the_command_line_wins_and_adds(tmp_path: Path, disk: Path) -> None:
         ('[[export]]\nname = "vm1"\nsource = "x"\n', ":8: export.vm1.name: this name is taken"),
         ('[[export]]\nname = "b"\nsource = "/no.img"\n', ":9: export.b.source: /no.img: No such"),
         ('[metrics]\nlisten = "nowhere"\n:', ":9, column 1: "),
+        ('[metrics]\nlisten = "nowhere"\n', ":8: metrics.listen: expected HOST:PORT"),
     ],
 )
 @pytest.mark.parametrize("check", [(), ("--check",)])
@@ -86,6 +87,26 @@ def test_mistakes_are_lines_and_exit_code_2(
 ) -> None:
     path = config(tmp_path, disk, more)
     assert f"nbdsrv: {path}{said}" in refusal(2, "serve", "--config", path, *check)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--metrics", "here:there", "expected HOST:PORT\n"),
+        ("--metrics", "127.0.0.1", "expected HOST:PORT\n"),
+        ("--metrics", "unix:/sock", "expected HOST:PORT\n"),
+        ("--listen", "a:b:1", "write IPv6 addresses in brackets, [::1]:10809\n"),
+        ("--listen", f"unix:/{'x' * 107}", "a socket's path has 107 bytes at most, this one"),
+        ("--admin-socket", f"/{'x' * 107}", "a socket's path has 107 bytes at most"),
+        ("--socket-mode", "999", "expected octal digits\n"),
+    ],
+)
+@pytest.mark.parametrize("check", [(), ("--check",)])
+def test_a_place_that_cannot_be_is_told_before_anything_is_opened(
+    option: str, value: str, said: str, check: tuple[str, ...]
+) -> None:
+    refused = refusal(2, "serve", "/no.img", option, value, *check)
+    assert refused.startswith(f"nbdsrv: {option} {value}: {said}")
 
 
 def test_check_tells_what_is_there(tmp_path: Path, disk: Path) -> None:

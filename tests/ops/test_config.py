@@ -115,7 +115,9 @@ MISTAKES = [
     ),
     # listeners
     ('listen = ["a:b"]\n', ":1: listen[0]: expected HOST:PORT, unix:PATH or systemd"),
-    ('listen = ["unix:"]\n', ":1: listen[0]: unix: needs a path"),
+    (f'[admin]\nsocket = "/{"x" * 107}"\n', ":2: admin.socket: a socket's path has 107 bytes"),
+    (f'listen = ["unix:/{"x" * 107}"]\n', ":1: listen[0]: a socket's path has 107 bytes"),
+    ('listen = ["unix:"]\n', ":1: listen[0]: a socket needs a path"),
     ('listen = ["stdio"]\n', ":1: listen[0]: stdio serves one client"),
     ("listen = []\n", ":1: listen: nothing to listen on"),
     (
