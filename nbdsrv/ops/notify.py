@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 __all__ = ["is_listened_to", "notify"]
 
+PATIENCE_S = 0.1
+"""Seconds for a queue that is full: who reads it makes room in less, who does not never will, and
+the event loop waits."""
+
 
 def notify(state: str, descriptors: Sequence[int] = ()) -> None:
     """Send ``state``, for instance "READY=1"; does nothing when nobody listens.
@@ -26,13 +30,14 @@ def notify(state: str, descriptors: Sequence[int] = ()) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE_S)
         try:
             # Not socket.send_fds: Python's ignores the address.
             rights = array.array("i", descriptors).tobytes()
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if descriptors else []
             sock.sendmsg([state.encode()], ancillary, 0, address)
         except OSError:
-            pass  # whoever asked to be told is gone; that is no reason to stop serving
+            pass  # whoever asked to be told is gone, or hangs; that is no reason to stop serving
 
 
 def is_listened_to() -> bool:

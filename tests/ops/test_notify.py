@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
         notify("STOPPING=1")
         assert sock.recv(100) == b"STOPPING=1"
+
+
+def test_one_who_does_not_read_is_not_waited_for(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                other.sendto(b"x", manager.getsockname())
+    notify("WATCHDOG=1")
+    assert manager.recv(100) == b"x"
+    notify("WATCHDOG=1")
 
 
 @pytest.mark.parametrize("name", [None, "", "/nowhere/at/all", "x" * 200, "vsock:2:1"])
