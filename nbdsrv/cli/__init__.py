@@ -8,7 +8,7 @@ from importlib import import_module
 import click
 
 from nbdsrv import __version__
-from nbdsrv.cli.stopping import STOP, Stopped
+from nbdsrv.cli.stopping import STOP, Stopped, say
 from nbdsrv.cli.streams import OutputError, abandon, prepare_streams
 from nbdsrv.errors import ConfigError, NbdsrvError
 from nbdsrv.store.answers import some_left_behind
@@ -70,9 +70,11 @@ def main() -> None:
     try:
         code = _run()
         sys.stdout.flush()
-    except Stopped as stopped:  # while it printed
-        abandon(sys.stdout)
-        code = _fail(str(stopped), stopped.code)
+    except Stopped as stopped:
+        abandon(sys.stdout)  # maybe that is what it waited for
+        if not say(str(stopped)):
+            abandon(sys.stderr)
+        code = stopped.code
     except OutputError as error:
         abandon(sys.stdout)
         code = _fail(str(error), 1)
@@ -99,8 +101,6 @@ def _run() -> int:
         raise
     except NbdsrvError as error:
         return _fail(str(error), 1)
-    except Stopped as stopped:
-        return _fail(str(stopped), stopped.code)
     except FileNotFoundError:  # relative paths are made absolute in many places
         if _has_working_directory():
             raise

@@ -31,7 +31,7 @@ from nbdsrv.copying.writers import (
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import ConfigError
-from nbdsrv.export.grammar import is_native
+from nbdsrv.export.grammar import Kind, is_native, parse_source
 from nbdsrv.formats.opening import Opening, open_image
 from nbdsrv.formats.writer import ImageWriter
 
@@ -122,8 +122,10 @@ def _interruptible(order: Order) -> Outcome:
     """Copy; a signal to stop cleans up first."""
     if order.target.place is Place.PIPE:
         for number in SIGNALS:
-            # Nothing to clean up, and a thread may hang in a write that nobody reads.
-            signal.signal(number, signal.SIG_DFL)
+            # Nothing to clean up but a lease, and a thread may hang in a write that nobody reads.
+            kept = parse_source(order.source).kind is Kind.REPOSITORY
+            if not kept and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         return run(_copy(order))
     left = "is incomplete" if order.target.in_place else "was not made"
     return run(_copy(order), f"{order.target.text} {left}")

@@ -28,7 +28,7 @@ from nbdsrv.errors import NbdsrvError
 from nbdsrv.store.answers import give_up
 from nbdsrv.store.store import StoreError
 
-__all__ = ["SIGNALS", "STOP", "Stop", "Stopped", "run", "stoppable", "unless_stopped"]
+__all__ = ["SIGNALS", "STOP", "Stop", "Stopped", "run", "say", "stoppable", "unless_stopped"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SOON_S = 1.0
@@ -188,19 +188,21 @@ def run(work: Coroutine[Any, Any, T], left: str = "") -> T:
 def _count_down(number: signal.Signals, patience_s: float) -> None:
     """In a thread: whatever the others are waiting for."""
     time.sleep(SOON_S)
-    _say(f"{number.name}: stopping; once more ends it at once")
+    say(f"{number.name}: stopping; once more ends it at once")
     time.sleep(max(patience_s - SOON_S, 0))
     give_up()
     time.sleep(LAST_S)
-    _say(f"stopped by {number.name}: what was not cleaned up by now stays as it is")
+    say(f"stopped by {number.name}: what was not cleaned up by now stays as it is")
     _end(number)
 
 
-def _say(text: str) -> None:
-    """Unless nobody takes it: then nothing waits for that."""
+def say(text: str) -> bool:
+    """A line on standard error; False if nobody takes it: then nothing waits for that."""
     with suppress(OSError, ValueError):
         if select.select([], [2], [], 0)[1]:
-            os.write(2, f"nbdsrv: {text}\n".encode())
+            os.write(2, f"nbdsrv: {' '.join(text.split())}\n".encode(errors="backslashreplace"))
+            return True
+    return False
 
 
 def _end(number: int) -> None:

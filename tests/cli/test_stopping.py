@@ -1,17 +1,19 @@
 """Signals to stop while the other side says nothing."""
 
+import os
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.cli.program import COMMAND, PATIENCE, environment
+from tests.cli.program import COMMAND, PATIENCE, environment, nbdsrv
 
 BUCKET = "repo+s3://bucket/repository"
 STOPPING = "nbdsrv: {}: stopping; once more ends it at once\n"
@@ -138,3 +140,45 @@ def test_what_is_ignored_from_the_beginning_stays_so(mute: Mute) -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_nobody_reads(tmp_path: Path, stream: str) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    words = ["--help"] if stream == "stdout" else ["info", str(tmp_path / "no.img")]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: writer}
+    with subprocess.Popen([*COMMAND, *words], **streams, env=environment()) as process:
+        wchan = Path(f"/proc/{process.pid}/wchan")
+        end = time.monotonic() + 5
+        while "pipe" not in wchan.read_text() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_pipe_gives_its_lease_back(tmp_path: Path) -> None:
+    repository, disk = f"repo:{tmp_path}/repository", tmp_path / "disk.img"
+    disk.write_bytes(os.urandom(1 << 20))
+    assert nbdsrv("init", repository).returncode == 0
+    assert nbdsrv("backup", disk, "--to", repository).returncode == 0
+    with subprocess.Popen(
+        [*COMMAND, "restore", f"{repository}#", "-"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(10)
+        leases = tmp_path / "repository" / "leases"
+        assert list(leases.glob("*.json"))
+        process.send_signal(signal.SIGTERM)
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert list(leases.glob("*.json")) == []
