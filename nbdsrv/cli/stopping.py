@@ -3,7 +3,7 @@
 ::
 
     the first signal    a command in a loop: its task is cancelled; elsewhere Stopped is raised
-        1 s             "stopping": there is something to wait for
+        2 s             "stopping": there is something to wait for
         5 s             a silent store is given up: cleaning up goes on as if it had failed
         60 s            the end, whatever is still being cleaned up
     another one         the end, at once
@@ -31,8 +31,9 @@ from nbdsrv.store.store import StoreError
 __all__ = ["SIGNALS", "STOP", "Stop", "Stopped", "run", "say", "stoppable", "unless_stopped"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SOON_S = 1.0
-"""Seconds after which somebody who waits wants to know what for."""
+SOON_S = 2.0
+"""Seconds after which somebody who waits wants to know what for; taking leave of an NBD server
+takes one."""
 PATIENCE_S = 5.0
 """Seconds a store is waited for: what it has not answered by then is left as it is."""
 LAST_S = 60.0
