@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import overload
 
-from nbdsrv.disk.file_run import FileRun
+from nbdsrv.disk.residency import Stored
 
 __all__ = ["DEFAULT_CACHE", "BlockCache", "Blocks"]
 
@@ -123,7 +123,7 @@ class Blocks:
         self,
         cache: BlockCache,
         decode: Callable[[int], bytes],
-        stored: Callable[[int], FileRun | None] | None = None,
+        stored: Callable[[int], Stored | None] | None = None,
     ) -> None:
         """Blocks that ``decode`` makes.
 
@@ -153,13 +153,19 @@ class Blocks:
         if key in self.held:
             return True
         try:
-            return (run := self.stored(key)) is not None and run.resident()
+            return self._is_resident(key)
         except Exception:  # noqa: BLE001 - a bug in there must not cost the connection
             return False
 
-    def stored(self, key: int) -> FileRun | None:
+    def stored(self, key: int) -> Stored | None:
         """Where the packed block lies, or None: not known now, or in no file. Never blocks."""
         return self._stored(key) if self._stored is not None else None
+
+    def _is_resident(self, key: int) -> bool:
+        if self._stored is None or (stored := self._stored(key)) is None:
+            return False
+        fd, position, length, residency = stored
+        return residency.resident(fd, position, length)
 
     def is_coming(self, key: int) -> bool:
         """Is a thread decoding it?"""
@@ -168,10 +174,7 @@ class Blocks:
     def decode_now(self, key: int, wanted: int) -> bytes | None:
         """As ``get``, on the loop: None if that would wait for the disk or a thread, or fails."""
         try:
-            if self._stored is None or key in self._decoding:
-                return None
-            run = self._stored(key)
-            if run is None or not run.resident():
+            if key in self._decoding or not self._is_resident(key):
                 return None
             return self.get(key, wanted, wait=False)
         except Exception:  # noqa: BLE001 - also a bug of a decoder must not cost the connection

@@ -12,10 +12,11 @@ files that have been warm for a while, and everything else is asked exactly.
 
 import ctypes
 import os
+from contextlib import suppress
 from struct import Struct
 from time import monotonic
 
-__all__ = ["NEVER", "Residency", "inline_flags", "make_resident"]
+__all__ = ["NEVER", "Residency", "Stored", "announce", "inline_flags", "make_resident"]
 
 NEVER = -1
 """``Residency.inline`` of a file that can only be read where blocking is allowed."""
@@ -64,6 +65,11 @@ class Residency:
         self._cold_at = -WARM_S
         self._counted = True
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Does ``announce`` do anything? Not in memory, nor on what cannot be read on the loop."""
+        return self.inline not in {NEVER, 0}
+
     def cold(self) -> None:
         """Something that was wanted has not been there."""
         self._cold_at = monotonic()
@@ -105,6 +111,18 @@ class Residency:
         except OSError:
             return False
         return True
+
+
+Stored = tuple[int, int, int, Residency]
+"""Descriptor, position, length and residency of bytes in a file, as a ``FileRun`` has them."""
+
+
+def announce(fd: int, position: int, length: int) -> None:
+    """The range will be read: the disk fetches it while others are read. For worker threads:
+    finding out where it lies may block.
+    """
+    with suppress(OSError):
+        os.posix_fadvise(fd, position, length, os.POSIX_FADV_WILLNEED)
 
 
 def make_resident(fd: int, position: int, length: int) -> None:

@@ -11,9 +11,25 @@ A format translates addresses; one engine moves bytes (docs/architecture.md, "Ho
 from typing import NamedTuple
 
 from nbdsrv.disk.blocks import Blocks
-from nbdsrv.disk.file_run import FileRun
+from nbdsrv.disk.residency import Residency
 
 __all__ = ["BlockRun", "FileRun", "RemoteRun", "Run", "ZeroRun"]
+
+
+class FileRun(NamedTuple):
+    """``length`` bytes stored as they are.
+
+    Attributes:
+        fd: readable file descriptor, open as long as the Disk.
+        position: bytes from the file's beginning.
+        length: bytes, at least 1.
+        residency: what is known of how warm the file is, and how it may be read on the loop.
+    """
+
+    fd: int
+    position: int
+    length: int
+    residency: Residency
 
 
 class ZeroRun(NamedTuple):

@@ -9,6 +9,7 @@
 """
 
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.residency import Stored
 from nbdsrv.disk.runs import FileRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.formats.image_file import ImageFile
@@ -37,7 +38,7 @@ class MappedDisk(PagedDisk):
         del key
         return None
 
-    def _stored(self, key: int) -> FileRun | None:
+    def _stored(self, key: int) -> Stored | None:
         where = self._packed(key)
         if where is None:
             return None
@@ -45,7 +46,7 @@ class MappedDisk(PagedDisk):
         length = min(length, file.size - position)
         if length <= 0:
             return None
-        return FileRun(file.fd, file.base + position, length, file.residency)
+        return file.fd, file.base + position, length, file.residency
 
     def _file_run(self, file: ImageFile | None, position: int, length: int) -> FileRun:
         return (file or self.file).run(position, length)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nbdsrv.disk.blocks import Blocks
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.residency import Stored
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
@@ -134,7 +135,7 @@ class PagedDisk(Disk):
             index += 1
         return runs
 
-    def _stored(self, key: int) -> FileRun | None:
+    def _stored(self, key: int) -> Stored | None:
         """Where that packed block lies, if decoding it is quick. Never blocks."""
         del key
         return None

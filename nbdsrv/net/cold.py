@@ -20,6 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 from nbdsrv.disk.disk import Disk, read_runs
+from nbdsrv.disk.residency import Stored, announce
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
 from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.reactor import Reactor
@@ -84,7 +85,7 @@ class ColdReads:
         buffer = self._buffers.borrow(total)
         buffer.data[: len(header)] = header
         cold = _Cold(request, runs, buffer, len(header), total)
-        if length > SMALL or not _heeded(runs):
+        if length > SMALL or not _is_heeded(runs):
             self._send_for([cold])
             return
         if not self._gathered:
@@ -123,24 +124,28 @@ class ColdReads:
             self._deliver(answers)
 
 
-def _heeded(runs: Sequence[Run]) -> bool:
+def _is_heeded(runs: Sequence[Run]) -> bool:
     """May the kernel be told of all of it?"""
     for run in runs:
-        packed = run.blocks.stored(run.key) if isinstance(run, BlockRun) else run
-        if not isinstance(packed, FileRun) or not packed.heeds():
+        stored = _stored(run)
+        if stored is None or not stored[3].reads_ahead:
             return False
     return True
+
+
+def _stored(run: Run) -> Stored | None:
+    if isinstance(run, BlockRun):
+        return run.blocks.stored(run.key)
+    return run if isinstance(run, FileRun) else None
 
 
 def _announce(cold: _Cold) -> None:
     left = cold.request.length
     for run in cold.runs:
-        if isinstance(run, BlockRun):
-            packed = run.blocks.stored(run.key)
-            if packed is not None:
-                packed.announce(packed.length)
-        elif isinstance(run, FileRun):
-            run.announce(min(run.length, left))
+        stored = _stored(run)
+        if stored is not None:  # by now its pack may have been closed
+            fd, position, length, _ = stored
+            announce(fd, position, min(length, left) if isinstance(run, FileRun) else length)
         left -= run.length
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
-from nbdsrv.disk.file_run import FileRun
-from nbdsrv.disk.residency import Residency
+from nbdsrv.disk.residency import Residency, Stored
 from nbdsrv.errors import CorruptImage
 
 SIZE = 1000
@@ -51,11 +50,11 @@ def test_the_loop_waits_for_no_thread(tmp_path: Path) -> None:
     decoder.gate.clear()
     thread = threading.Thread(target=lambda: blocks.get(7, 10))
 
-    def stored(_: int) -> FileRun:
+    def stored(_: int) -> Stored:
         thread.start()
         while not decoder.calls:
             time.sleep(0.001)
-        return FileRun(file.fileno(), 0, SIZE, Residency(0))
+        return file.fileno(), 0, SIZE, Residency(0)
 
     (tmp_path / "packed").write_bytes(bytes(SIZE))
     blocks = Blocks(BlockCache(), decoder, stored)

@@ -12,8 +12,8 @@ from wire import Wire
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.residency import Residency
-from nbdsrv.disk.runs import BlockRun, FileRun, Run
+from nbdsrv.disk.residency import Residency, Stored
+from nbdsrv.disk.runs import BlockRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.exports import Export
 from nbdsrv.net.server import Limits, Server
@@ -37,8 +37,8 @@ class Broken(Disk):
         os.pwrite(self._memory, bytes(SIZE), 0)
         self._blocks = Blocks(BlockCache(), self._decode, self._stored)
 
-    def _stored(self, key: int) -> FileRun:
-        return FileRun(self._memory, key * BLOCK, BLOCK, Residency(0))
+    def _stored(self, key: int) -> Stored:
+        return self._memory, key * BLOCK, BLOCK, Residency(0)
 
     def _decode(self, key: int) -> bytes:
         if not self.mended:

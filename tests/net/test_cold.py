@@ -12,8 +12,8 @@ from wire import Wire
 
 from nbdsrv.disk.blocks import BlockCache, Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.residency import NEVER, Residency
-from nbdsrv.disk.runs import BlockRun, FileRun, Run
+from nbdsrv.disk.residency import NEVER, Residency, Stored
+from nbdsrv.disk.runs import BlockRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from nbdsrv.export.exports import Export
@@ -51,8 +51,8 @@ class Cold(Disk):
         self._file = os.memfd_create("cold")
         self._blocks = Blocks(BlockCache(), self._decode, self._stored)
 
-    def _stored(self, key: int) -> FileRun:
-        return FileRun(self._file, key * 1000, 1000, self._residency)
+    def _stored(self, key: int) -> Stored:
+        return self._file, key * 1000, 1000, self._residency
 
     def _decode(self, key: int) -> bytes:
         self.threads.add(threading.get_ident())

@@ -15,11 +15,10 @@ the frames it gives; the long one also proves the chunk's id, and knows how to t
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from nbdsrv.disk.file_run import FileRun
-from nbdsrv.disk.residency import Residency, inline_flags
+from nbdsrv.disk.residency import Residency, Stored, inline_flags
 from nbdsrv.errors import DiskError
 from nbdsrv.repository.native.entry import ENTRY_SIZE, Place
 from nbdsrv.repository.native.frames import (
@@ -78,9 +77,16 @@ class ChunkReader:
             CorruptImage: it is damaged, and no other pack has it.
             StoreError: the store does not answer.
         """
-        short = self._short(id_, place, lambda there: self._chunk(id_, there, length))
-        if short is not None:
-            return short
+        if place.codec == Codec.FRAMES and place.pack not in self._gone:
+            try:
+                return self._chunk(id_, place, length)
+            except ObjectMissing:
+                self._gone.add(place.pack)
+            except (BrokenPayload, DiskError, OSError):
+                pass  # the long way finds it elsewhere, or tells what is wrong
+        moved = self._moved(id_, place, lambda there: self._chunk(id_, there, length))
+        if moved is not None:
+            return moved
         content = self._vault.chunk(id_, place, length)
         return content if isinstance(content, bytes) else bytes(content)
 
@@ -91,9 +97,16 @@ class ChunkReader:
             CorruptImage: it is damaged, and no other pack has it.
             StoreError: the store does not answer.
         """
-        short = self._short(id_, place, lambda there: self._frame(id_, there, length, number))
-        if short is not None:
-            return short
+        if place.codec == Codec.FRAMES and place.pack not in self._gone:
+            try:
+                return self._frame(id_, place, length, number)
+            except ObjectMissing:
+                self._gone.add(place.pack)
+            except (BrokenPayload, DiskError, OSError):
+                pass  # the long way finds it elsewhere, or tells what is wrong
+        moved = self._moved(id_, place, lambda there: self._frame(id_, there, length, number))
+        if moved is not None:
+            return moved
         content = self._vault.chunk(id_, place, length)
         return bytes(memoryview(content)[number * FRAME : (number + 1) * FRAME])
 
@@ -112,7 +125,7 @@ class ChunkReader:
                 if self._file(pack) is None:
                     return  # none of them is
 
-    def stored(self, place: Place, length: int, number: int) -> FileRun | None:
+    def stored(self, place: Place, length: int, number: int) -> Stored | None:
         """Where all lies that ``frame`` reads, if the pack is open. Never blocks."""
         file = self._files.get(place.pack)
         if file is None or place.codec != Codec.FRAMES:
@@ -121,7 +134,7 @@ class ChunkReader:
             position, size = frame_span(place.frames, length, number)
         except BrokenPayload:
             return None  # whoever reads it is told
-        return FileRun(file.fd, place.offset + ENTRY_SIZE + position, size, file.residency)
+        return file.fd, place.offset + ENTRY_SIZE + position, size, file.residency
 
     def close(self) -> None:
         """Close the packs that nobody is reading. Idempotent."""
@@ -130,25 +143,22 @@ class ChunkReader:
         if prepared:
             _spare.release(prepared)
 
-    def _short(self, id_: bytes, place: Place, read: Callable[[Place], bytes]) -> bytes | None:
-        """What ``read`` gives there; None if only the long way can find it, or tell what is wrong.
+    def _moved(self, id_: bytes, place: Place, read: Callable[[Place], bytes]) -> bytes | None:
+        """What ``read`` gives where it has gone; None if only the long way can find it.
 
         Repacking moves things and maps go on naming the old pack: that it is gone is found out
         once, not for each frame that was in it.
         """
+        if place.pack not in self._gone:
+            return None
         with suppress(BrokenPayload, DiskError, OSError):
-            for each in self._places(id_, place):
-                if each.codec == Codec.FRAMES and each.pack not in self._gone:
+            for there in self._vault.entries.elsewhere(id_):
+                if there.codec == Codec.FRAMES and there.pack not in self._gone:
                     try:
-                        return read(each)
+                        return read(there)
                     except ObjectMissing:
-                        self._gone.add(each.pack)
+                        self._gone.add(there.pack)
         return None
-
-    def _places(self, id_: bytes, place: Place) -> Iterator[Place]:
-        yield place
-        if place.pack in self._gone:
-            yield from self._vault.entries.elsewhere(id_)
 
     def _frame(self, id_: bytes, place: Place, length: int, number: int) -> bytes:
         file = self._file(place.pack)

@@ -22,7 +22,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from nbdsrv.disk.blocks import Blocks
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
+from nbdsrv.disk.residency import Stored
+from nbdsrv.disk.runs import BlockRun, Run, ZeroRun
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
 from nbdsrv.repository.comparing import CHANGED, MAX_OTHERS, announced
@@ -249,7 +250,7 @@ class PointDisk(Disk):
             return self._reader.chunk(id_, page.place(index), length)
         return self._reader.frame(id_, page.place(index), length, part - 1)
 
-    def _stored(self, key: int) -> FileRun | None:
+    def _stored(self, key: int) -> Stored | None:
         """Where a frame lies, if its page is in memory and its pack is open."""
         chunk, part = divmod(key, self._stride)
         number, index = divmod(chunk, self._slots)

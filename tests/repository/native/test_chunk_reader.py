@@ -56,9 +56,9 @@ def test_only_frames_of_packs_that_have_been_read_are_known_to_lie_in_a_file(vau
     reader = ChunkReader(vault)
     assert reader.stored(place, len(CONTENT), 0) is None
     reader.frame(id_, place, len(CONTENT), 1)
-    run = reader.stored(place, len(CONTENT), 0)
-    assert run is not None
-    assert run.resident()
+    found = reader.stored(place, len(CONTENT), 0)
+    assert found is not None
+    assert found[3].resident(*found[:3])
     assert reader.stored(place._replace(frames=b"\xff" * 99), len(CONTENT), 0) is None
     reader.close()
 
