@@ -54,7 +54,7 @@ def parse_tcp(text: str) -> Endpoint:
     Raises:
         ConfigError: it is none.
     """
-    if not text.rpartition("]")[2].rpartition(":")[1]:
+    if "/" in text or not text.rpartition("]")[2].rpartition(":")[1]:
         raise ConfigError("expected HOST:PORT")
     return _tcp(text, "HOST:PORT")
 
