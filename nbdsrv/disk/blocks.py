@@ -159,7 +159,10 @@ class Blocks:
 
     def stored(self, key: int) -> Stored | None:
         """Where the packed block lies, or None: not known now, or in no file. Never blocks."""
-        return self._stored(key) if self._stored is not None else None
+        try:
+            return self._stored(key) if self._stored is not None else None
+        except Exception:  # noqa: BLE001 - a bug in there must not cost the connection
+            return None
 
     def _is_resident(self, key: int) -> bool:
         if self._stored is None or (stored := self._stored(key)) is None:

@@ -25,7 +25,7 @@ BLOCK = 1 << 16
 
 
 class Broken(Disk):
-    """Its first half is decoded by a decoder with a bug, in its second a wait is cancelled."""
+    """Its first half is found and decoded with bugs, in its second a wait is cancelled."""
 
     name = "broken"
     size = SIZE
@@ -38,6 +38,8 @@ class Broken(Disk):
         self._blocks = Blocks(BlockCache(), self._decode, self._stored)
 
     def _stored(self, key: int) -> Stored:
+        if not self.mended:
+            raise KeyError(key)
         return self._memory, key * BLOCK, BLOCK, Residency(0)
 
     def _decode(self, key: int) -> bytes:
