@@ -22,9 +22,8 @@ from typing import NamedTuple
 from nbdsrv.disk.disk import Disk, read_runs
 from nbdsrv.disk.residency import Stored, announce
 from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
-from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.reactor import Reactor
-from nbdsrv.net.slow import MAX_READING, Answer, SlowRequests
+from nbdsrv.net.slow import MAX_READING, Answer, Reply, SlowRequests
 from protocol.constants import CommandFlag
 from protocol.replies import ChunkEncoder, SimpleEncoder
 from protocol.requests import Request
@@ -39,15 +38,11 @@ SMALL = 1 << 16
 
 
 class _Cold(NamedTuple):
-    """A READ, where its bytes are, and the answer to be: ``buffer``, of which ``start`` bytes are
-    the header.
-    """
+    """A READ, where its bytes are, and the answer to be."""
 
     request: Request
     runs: Sequence[Run]
-    buffer: Buffer
-    start: int
-    total: int
+    reply: Reply
 
 
 class ColdReads:
@@ -73,19 +68,15 @@ class ColdReads:
 
     def begin(self, request: Request, runs: Sequence[Run]) -> None:
         """Carry out a READ that is within the disk; ``runs`` are what ``locate`` has said of it."""
-        at, length = request.offset, request.length
-        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
-        total = len(header) + length
-        busy = self._reading >= MAX_READING or not self._buffers.affords(total)
-        if busy or not self._one_chunk(request, runs):
+        busy = self._reading >= MAX_READING or not self._one_chunk(request, runs)
+        reply = None if busy else self._slow.reply_to(request)
+        if reply is None:
             self._slow.start(request, self._slow.read(request))
             return
         self._reading += 1
         self._slow.note_begun(request)
-        buffer = self._buffers.borrow(total)
-        buffer.data[: len(header)] = header
-        cold = _Cold(request, runs, buffer, len(header), total)
-        if length > SMALL or not _is_heeded(runs):
+        cold = _Cold(request, runs, reply)
+        if request.length > SMALL or not _is_heeded(runs):
             self._send_for([cold])
             return
         if not self._gathered:
@@ -112,14 +103,14 @@ class ColdReads:
     ) -> None:
         answers: Answer = []
         for cold, is_bad in zip(group, failed or [True] * len(group), strict=True):
-            request, _, buffer, _, total = cold
+            request, _, reply = cold
             self._reading -= 1
             self._slow.note_answered(request)
             if is_bad or error is not None:
-                self._buffers.release(buffer)
+                self._buffers.release(reply.buffer)
                 self._slow.start(request, self._slow.read(request))  # it can tell what is wrong
             else:
-                answers.append((buffer.view(total), buffer))
+                answers.append(reply.whole)
         if answers:
             self._deliver(answers)
 
@@ -154,9 +145,9 @@ def _read_all(name: str, group: Sequence[_Cold]) -> list[bool]:
     for cold in group[1:]:  # to read the first is to announce it
         _announce(cold)
     failed = []
-    for request, runs, buffer, start, total in group:
+    for request, runs, reply in group:
         try:
-            read_runs(name, request.offset, runs, buffer.data[start:total])
+            read_runs(name, request.offset, runs, reply.data)
         except Exception:  # noqa: BLE001 - it is read once more, by who can tell
             failed.append(True)
         else:

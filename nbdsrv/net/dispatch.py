@@ -99,7 +99,7 @@ class Dispatch:
         answering = (disk, reactor, self._encoder)
         self.slow = SlowRequests(*answering, agreement.contexts, deliver, measures)
         self.afar = AfarReads(*answering, dialect, self.slow, deliver, measures)
-        self.packed = PackedReads(*answering, self.slow, deliver, measures)
+        self.packed = PackedReads(disk, reactor, self.slow, deliver, measures)
         self.cold = ColdReads(*answering, self.slow, deliver)
         self.reads = Reads(
             *(disk, reactor, sender, self._encoder, dialect, channel.secure), self._unpack

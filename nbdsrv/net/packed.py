@@ -21,11 +21,9 @@ from time import perf_counter
 
 from nbdsrv.disk.disk import Disk, read_runs
 from nbdsrv.disk.runs import BlockRun, Run
-from nbdsrv.net.buffers import Buffer
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.reactor import Reactor
-from nbdsrv.net.slow import Answer, SlowRequests
-from protocol.replies import ChunkEncoder, SimpleEncoder
+from nbdsrv.net.slow import Answer, Reply, SlowRequests
 from protocol.requests import Request
 
 __all__ = ["PackedReads"]
@@ -42,7 +40,6 @@ class PackedReads:
         self,
         disk: Disk,
         reactor: Reactor,
-        encoder: SimpleEncoder | ChunkEncoder,
         slow: SlowRequests,
         deliver: Callable[[Answer], None],
         measures: Measures,
@@ -51,13 +48,12 @@ class PackedReads:
         self._disk = disk
         self._reactor = reactor
         self._buffers = reactor.buffers
-        self._encoder = encoder
         self._slow = slow
         self._deliver = deliver
         self._measures = measures
         self._unpacking = 0
         self._waiting: deque[tuple[Request, float]] = deque()
-        self._ready: list[tuple[Request, Buffer, int]] = []
+        self._ready: list[tuple[Request, Reply]] = []
 
     def begin(self, request: Request, runs: Sequence[Run]) -> bool:
         """Carry out a READ that is within the disk; False if it is not of this kind."""
@@ -73,25 +69,20 @@ class PackedReads:
         return True
 
     def _unpack(self, request: Request, began: float, runs: Sequence[Run]) -> None:
-        at, length = request.offset, request.length
-        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
-        total = len(header) + length
-        if not self._buffers.affords(total):
+        reply = self._slow.reply_to(request)
+        if reply is None:
             self._leave(request)
             return
-        buffer = self._buffers.borrow(total)
-        buffer.data[: len(header)] = header
-        view = buffer.data[len(header) : total]
         self._unpacking += 1
-        done = partial(self._unpacked, request, began, buffer, total)
-        self._reactor.workers.compute(read_runs, self._disk.name, at, runs, view, done=done)
+        done = partial(self._unpacked, request, began, reply)
+        work = (self._disk.name, request.offset, runs, reply.data)
+        self._reactor.workers.compute(read_runs, *work, done=done)
 
     def _unpacked(
         self,
         request: Request,
         began: float,
-        buffer: Buffer,
-        total: int,
+        reply: Reply,
         _result: None,
         error: BaseException | None,
     ) -> None:
@@ -99,13 +90,13 @@ class PackedReads:
         while self._waiting and self._unpacking < MAX_UNPACKING:
             self._next(*self._waiting.popleft())
         if error is not None:
-            self._buffers.release(buffer)
+            self._buffers.release(reply.buffer)
             self._leave(request)
             return
         self._measures.reads.add(perf_counter() - began)
         if not self._ready:  # what is ready with it leaves with it
             self._reactor.soon(self._send_ready)
-        self._ready.append((request, buffer, total))
+        self._ready.append((request, reply))
 
     def _next(self, request: Request, began: float) -> None:
         """It has waited, so the disk may have changed: look again where the bytes are."""
@@ -120,9 +111,9 @@ class PackedReads:
 
     def _send_ready(self) -> None:
         ready, self._ready = self._ready, []
-        for request, _, _ in ready:  # not before: the client stays until all is answered
+        for request, _ in ready:  # not before: the client stays until all is answered
             self._forget(request)
-        self._deliver([(buffer.view(total), buffer) for _, buffer, total in ready])
+        self._deliver([reply.whole for _, reply in ready])
 
     def _leave(self, request: Request) -> None:
         """To a task, which waits as long as it takes, and tells what is wrong."""

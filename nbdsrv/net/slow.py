@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbdsrv.disk.disk import Disk, read_runs
 from nbdsrv.disk.runs import RemoteRun, Run, ZeroRun
@@ -31,7 +31,7 @@ from protocol.extents import ExtentList
 from protocol.replies import ChunkEncoder, SimpleEncoder, wire_errno
 from protocol.requests import Request
 
-__all__ = ["MAX_READING", "Answer", "SlowRequests"]
+__all__ = ["MAX_READING", "Answer", "Reply", "SlowRequests"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,30 @@ MAX_READING = 16
 """Cold reads of one client under way at a time: half of the threads, so that others get theirs."""
 Answer = list[tuple[memoryview | bytes, Buffer | None]]
 """What to send, in order; a buffer is released after the part it stands beside."""
+
+
+class Reply(NamedTuple):
+    """A chunk whose data threads fill in.
+
+    Attributes:
+        buffer: that holds it; whoever has the reply releases it, or hands it on.
+        start: bytes of the header, which is there.
+        total: bytes, the data included.
+    """
+
+    buffer: Buffer
+    start: int
+    total: int
+
+    @property
+    def data(self) -> memoryview:
+        """Where the data goes."""
+        return self.buffer.data[self.start : self.total]
+
+    @property
+    def whole(self) -> tuple[memoryview, Buffer]:
+        """As a part of an ``Answer``."""
+        return self.buffer.view(self.total), self.buffer
 
 
 class SlowRequests:
@@ -111,6 +135,17 @@ class SlowRequests:
             self._buffers.release(owner)
         self.note_answered(request)
         self._deliver(answer)
+
+    def reply_to(self, request: Request) -> Reply | None:
+        """What a READ of one stretch of data is answered with; None while memory is short."""
+        at, length = request.offset, request.length
+        header = self._encoder.data_header(request.cookie, at, at, length, done=True)
+        total = len(header) + length
+        if not self._buffers.affords(total):
+            return None
+        buffer = self._buffers.borrow(total)
+        buffer.data[: len(header)] = header
+        return Reply(buffer, len(header), total)
 
     def note_begun(self, request: Request) -> None:
         """It is in flight, whoever carries it out."""
