@@ -13,15 +13,17 @@ the interpreter does one thing at a time anyway.
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from nbdsrv.store.store import Store
+from nbdsrv.errors import DiskError
+from nbdsrv.store.store import Store, Stored
 
-__all__ = ["THREADS_AFAR", "abreast", "threads_for"]
+__all__ = ["THREADS_AFAR", "abreast", "objects_abreast", "threads_for"]
 
 THREADS_AFAR = 24
-"""That wait for a distant store; as many as ``Listing`` has."""
+"""That wait for a distant store, each for a request of some 20 ms: a year of daily points in a
+third of a second."""
 AHEAD = 64
 """Items, at most, whose answers have not been taken."""
 AHEAD_BYTES = 16 << 20
@@ -34,6 +36,25 @@ Answer = TypeVar("Answer")
 def threads_for(store: Store, near: int) -> int:
     """How many threads should wait for a store; ``near`` for one that is here."""
     return max(THREADS_AFAR, near) if store.distant else near
+
+
+def objects_abreast(
+    store: Store, read: Callable[[Stored], Answer], objects: Iterable[Stored]
+) -> Iterator[tuple[Stored, Answer | DiskError]]:
+    """Each object with what ``read`` makes of it, or why it cannot be read, in their order.
+
+    Of a distant store many are read at a time, of one that is here one after the other.
+    """
+
+    def answer(stored: Stored) -> Answer | DiskError:
+        try:
+            return read(stored)
+        except DiskError as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS_AFAR, "nbdsrv-afar") as threads:
+        afar = threads if store.distant else None
+        yield from abreast(afar, answer, objects, lambda stored: stored.size)
 
 
 def abreast(

@@ -17,6 +17,7 @@ import msgspec
 
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError
+from nbdsrv.repository.native.abreast import THREADS_AFAR
 from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.layout import group_of, ulid_of, ulid_time
 from nbdsrv.repository.native.point import PointRecord
@@ -24,19 +25,15 @@ from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import UNREAD, DiskFacts, Point
 from nbdsrv.store.store import ObjectMissing, Stored
 
-__all__ = ["PARALLEL_AFAR", "Listing", "Row", "described"]
+__all__ = ["Listing", "Row", "described"]
 
 MAX_KNOWN = 1 << 14
 """Points kept in memory, some 3 KiB each."""
 BATCH = 16
 """Points a thread reads before others have their turn."""
 PARALLEL = 8
-"""Threads at work for one listing."""
-PARALLEL_AFAR = 24
-"""The same where each point is a request of some 20 ms: a year of daily points in a third of a
-second."""
-
-MAX_UNREAD = PARALLEL_AFAR
+"""Threads at work for one listing; ``THREADS_AFAR`` where each point is a request."""
+MAX_UNREAD = THREADS_AFAR
 """Points of one listing that the store does not give before it is asked for no more."""
 
 
@@ -96,7 +93,7 @@ class Listing:
                 self._known.move_to_end(stored)
                 found[stored.key] = row
         afar = self._vault.store.distant
-        step, at_once = (1, PARALLEL_AFAR) if afar else (BATCH, PARALLEL)
+        step, at_once = (1, THREADS_AFAR) if afar else (BATCH, PARALLEL)
         batches = [unknown[at : at + step] for at in range(0, len(unknown), step)]
         turn = asyncio.Semaphore(at_once)
 

@@ -9,10 +9,9 @@ be hundreds, each a request where the store is distant.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from nbdsrv.errors import DiskError
-from nbdsrv.repository.native.abreast import THREADS_AFAR, abreast
+from nbdsrv.repository.native.abreast import objects_abreast
 from nbdsrv.repository.native.hashing import Hashing
 from nbdsrv.repository.native.index import MAX_SEGMENT, Segment
 from nbdsrv.repository.native.layout import INDEX
@@ -35,15 +34,10 @@ def read_segments(
         StoreError: they cannot be listed.
     """
 
-    def read(stored: Stored) -> Segment | DiskError:
-        try:
-            data = store.get(stored.key, MAX_SEGMENT)
-            return Segment.parse(stored.key, data, repository, hashing)
-        except DiskError as error:
-            return error
+    def read(stored: Stored) -> Segment:
+        data = store.get(stored.key, MAX_SEGMENT)
+        return Segment.parse(stored.key, data, repository, hashing)
 
     objects = (stored for stored in store.list(INDEX) if stored.key.endswith(".ix"))
-    with ThreadPoolExecutor(THREADS_AFAR, "nbdsrv-index") as threads:
-        afar = threads if store.distant else None
-        for stored, found in abreast(afar, read, objects, lambda stored: stored.size):
-            yield stored.key, found
+    for stored, found in objects_abreast(store, read, objects):
+        yield stored.key, found

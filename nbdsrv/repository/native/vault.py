@@ -15,11 +15,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from nbdsrv.errors import CorruptImage, DiskError, RepositoryError
-from nbdsrv.repository.native.abreast import THREADS_AFAR, abreast
+from nbdsrv.repository.native.abreast import objects_abreast
 from nbdsrv.repository.native.config import RepositoryConfig
 from nbdsrv.repository.native.damage import is_outage
 from nbdsrv.repository.native.entries import Entries
@@ -217,18 +216,10 @@ class Vault:
         Those that have been pruned meanwhile are left out. Of a distant store many are read at a
         time.
         """
-
-        def read(stored: Stored) -> PointRecord | DiskError:
-            try:
-                return self.point(stored.key)
-            except DiskError as error:
-                return error
-
-        with ThreadPoolExecutor(THREADS_AFAR, "nbdsrv-points") as threads:
-            afar = threads if self.store.distant else None
-            for stored, found in abreast(afar, read, objects, lambda stored: stored.size):
-                if not isinstance(found, ObjectMissing):
-                    yield stored, found
+        found = objects_abreast(self.store, lambda stored: self.point(stored.key), objects)
+        for stored, each in found:
+            if not isinstance(each, ObjectMissing):
+                yield stored, each
 
     # --- maps and chunks -----------------------------------------------------------------------
 

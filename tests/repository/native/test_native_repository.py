@@ -10,11 +10,12 @@ import pytest
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import CorruptImage, DiskError, PointMissing, RepositoryError
 from nbdsrv.repository.native import lease as lease_module
+from nbdsrv.repository.native.abreast import THREADS_AFAR
 from nbdsrv.repository.native.collect import collect
 from nbdsrv.repository.native.disk import CHANGED_SINCE
 from nbdsrv.repository.native.layout import LEASES, POINTS, point_key
 from nbdsrv.repository.native.lease import LeaseRecord
-from nbdsrv.repository.native.listing import PARALLEL_AFAR, described
+from nbdsrv.repository.native.listing import described
 from nbdsrv.repository.native.repository import NativeRepository
 from nbdsrv.repository.native.vault import Vault
 from nbdsrv.repository.repository import UNREAD
@@ -187,7 +188,7 @@ async def test_a_store_that_gives_no_point_is_not_asked_for_all(workers: Workers
     repository = NativeRepository(build.vault, workers)
     with pytest.raises(DiskError, match="points/vm"):
         await repository.points()
-    assert store.calls <= 1 + 2 * PARALLEL_AFAR
+    assert store.calls <= 1 + 2 * THREADS_AFAR
     await repository.close()
 
 
