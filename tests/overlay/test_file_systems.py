@@ -4,11 +4,13 @@ import errno
 import os
 import resource
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
 from tests.disk.reading import content
@@ -39,6 +41,17 @@ async def test_a_disk_longer_than_files_may_be_is_refused_before_a_guest_has_it(
     await disk.close()
 
 
+async def check_writing(open_: Callable[[], Awaitable[Disk]], base: bytes) -> None:
+    """What is written and flushed is there when it is opened again."""
+    disk = await open_()
+    await disk.write(0, memoryview(b"x" * BLOCK))
+    await disk.flush()
+    await disk.close()
+    disk = await open_()
+    assert await content(disk, 0, SIZE) == b"x" * BLOCK + base[BLOCK:]
+    await disk.close()
+
+
 async def test_what_lies_above_need_not_be_readable(
     tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,13 +66,7 @@ async def test_what_lies_above_need_not_be_readable(
         return opened(path, *args, **named)
 
     monkeypatch.setattr(os, "open", forbidding)
-    disk = await open_()
-    await disk.write(0, memoryview(b"x" * BLOCK))
-    await disk.flush()
-    await disk.close()
-    disk = await open_()
-    assert await content(disk, 0, SIZE) == b"x" * BLOCK + base[BLOCK:]
-    await disk.close()
+    await check_writing(open_, base)
 
 
 async def test_directories_that_cannot_be_synced(
@@ -76,13 +83,7 @@ async def test_directories_that_cannot_be_synced(
         synced(fd)
 
     monkeypatch.setattr(os, "fsync", files_only)
-    disk = await open_()
-    await disk.write(0, memoryview(b"x" * BLOCK))
-    await disk.flush()
-    await disk.close()
-    disk = await open_()
-    assert await content(disk, 0, SIZE) == b"x" * BLOCK + base[BLOCK:]
-    await disk.close()
+    await check_writing(open_, base)
 
 
 async def test_what_a_killed_server_answered_is_found_where_holes_are_not_told(
