@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
+from nbdsrv.cli.waking import heed
 from nbdsrv.errors import NbdsrvError
 from nbdsrv.store.answers import give_up
 from nbdsrv.store.store import StoreError
@@ -83,6 +84,7 @@ class Stop:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._take)
+        heed(SIGNALS)
 
     def take_interrupts(self) -> None:
         """Also where the process was to ignore them, as one is that a script runs behind its back:
