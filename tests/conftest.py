@@ -4,6 +4,7 @@ NBDSRV_FUZZ=full runs everything that searches for much longer.
 """
 
 import os
+import signal
 
 import pytest
 from authority import Authority, Certificates
@@ -14,6 +15,12 @@ settings.register_profile(
     "full", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("full" if os.environ.get("NBDSRV_FUZZ") == "full" else "quick")
+
+# Who runs these tests may itself have been started by nohup, or behind a script's back: all
+# programs would ignore the signals that are to stop them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -296,9 +296,11 @@ def nbdkit(directory: Path, *arguments: str) -> Iterator[str]:
         assert os.environ.get("CI") != "true", "CI is expected to have nbdkit"
         pytest.skip("nbdkit is not installed")
     with process:
-        until(socket.exists)
-        yield f"nbd+unix:///?socket={socket}"
-        process.kill()
+        try:
+            until(socket.exists)
+            yield f"nbd+unix:///?socket={socket}"
+        finally:
+            process.kill()
 
 
 def test_an_io_error_is_named_and_no_image_is_left(tmp_path: Path) -> None:

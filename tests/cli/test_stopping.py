@@ -55,14 +55,6 @@ def mute() -> Iterator[Mute]:
         each.close()
 
 
-@pytest.fixture(autouse=True)
-def heeding() -> Iterator[None]:
-    """What these tests run may itself be run by nohup: then SIGHUP would be ignored by all."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @contextmanager
 def asking(
     mute: Mute, *words: str, prefix: Sequence[str] = ()
