@@ -3,6 +3,7 @@
 A *cell* is one load over one transport. Its name is what ``--cells`` matches::
 
     unix/randread-4k-qd16      transport / kind - block size - queue depth
+    disk/randread-4k-qd16      the same over a Unix socket, nothing of it in memory
     tcp/copy-4conn             transport / nbdcopy, number of connections
     qcow2/read-2m-qd4          image, over a Unix socket / the same
     convert/qcow2-to-raw       nbdsrv copy beside qemu-img convert
@@ -10,7 +11,8 @@ A *cell* is one load over one transport. Its name is what ``--cells`` matches::
     client/unix-library        nbdsrv.stream beside libnbd's Python module (in nbdcopy's column)
 
 A *bar* is the ratio of medians, ours over the peer's, that a cell has to reach. TLS cells have
-none: all the time goes into the ciphers, they are there to be seen.
+none, and those from the disk: all the time goes into the ciphers or the disk, they are there to be
+seen.
 """
 
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Part(StrEnum):
 
     READS = "reads"
     WRITES = "writes"
+    DISK = "disk"
     COPY = "copy"
     TLS = "tls"
     FORMATS = "formats"
@@ -70,7 +73,7 @@ class Peer(StrEnum):
         """The ceiling has one export, plain text and no limits, so not everything is for it."""
         if self is Peer.NBDCOPY or part is Part.CLIENT:
             return part is Part.CLIENT and self in {Peer.NBDCOPY, Peer.OURS}
-        alone = part in {Part.READS, Part.WRITES, Part.COPY}
+        alone = part in {Part.READS, Part.DISK, Part.WRITES, Part.COPY}
         return self is not Peer.CEILING or (alone and transport is not Transport.TLS)
 
 
@@ -98,7 +101,7 @@ class Cell:
             return f"client/{self.image or self.transport}-{self.depth}conn"
         if self.rw == "library":
             return f"client/{self.transport}-library"
-        where = self.image or self.transport
+        where = self._where
         if self.rw == "copy":
             return f"{where}/copy-{self.depth}conn"
         return f"{where}/{self.rw}-{self.block}-qd{self.depth}"
@@ -114,7 +117,7 @@ class Cell:
             return f"client, {way}: qemu-nbd to null, {self.depth} connection{plural}"
         if self.rw == "library":
             return f"client library, {self.transport}: beside libnbd's for Python, 1 connection"
-        where = self.image or self.transport
+        where = self._where
         if self.rw == "copy":
             plural = "" if self.depth == 1 else "s"
             return f"{where}: nbdcopy to null, {self.depth} connection{plural}"
@@ -122,6 +125,15 @@ class Cell:
         order = "random" if self.rw.startswith("rand") else "sequential"
         verb = "write" if self.writes else "read"
         return f"{where}: {size} {order} {verb}, depth {self.depth}"
+
+    @property
+    def _where(self) -> str:
+        return "disk" if self.cold else self.image or self.transport
+
+    @property
+    def cold(self) -> bool:
+        """Is nothing of the image to be in memory?"""
+        return self.part is Part.DISK
 
     @property
     def writes(self) -> bool:
@@ -145,7 +157,7 @@ class Cell:
             return 1.0 if peer is Peer.NBDCOPY else None
         if self.image:
             return self._bar_of_image() if peer is Peer.QEMU else None
-        if self.transport is Transport.TLS:
+        if self.transport is Transport.TLS or self.cold:
             return None
         if self.writes:
             return 1.0 if peer is Peer.NBDKIT else None
@@ -171,6 +183,7 @@ READS = [
     ("read", "2m", 4),
 ]
 WRITES = [("randwrite", "4k", 1), ("randwrite", "4k", 16), ("write", "256k", 8)]
+FROM_DISK = [("randread", "4k", 1), ("randread", "4k", 16), ("randread", "64k", 16)]
 COPIES = [("copy", "", 1), ("copy", "", 4)]
 UNCOMPRESSED = ("qcow2", "vhd", "vhdx", "vmdk")
 COMPRESSED = ("qcow2-zlib", "qcow2-zstd", "vmdk-stream")
@@ -185,6 +198,7 @@ PLAIN = (Transport.UNIX, Transport.TCP)
 
 CELLS = [
     *(Cell(Part.READS, over, *load) for over in PLAIN for load in READS),
+    *(Cell(Part.DISK, Transport.UNIX, *load) for load in FROM_DISK),
     *(Cell(Part.COPY, over, *load) for over in PLAIN for load in COPIES),
     *(Cell(Part.WRITES, over, *load) for over in PLAIN for load in WRITES),
     *(Cell(Part.TLS, Transport.TLS, *load) for load in ENCRYPTED),

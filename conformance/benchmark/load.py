@@ -60,11 +60,22 @@ class Fio:
 
 @contextlib.contextmanager
 def start_fio(
-    server: Server, export: str, rw: str, block: str, depth: int, *, seconds: float, size: int
+    server: Server,
+    export: str,
+    rw: str,
+    block: str,
+    depth: int,
+    *,
+    seconds: float,
+    size: int,
+    once: bool = False,
 ) -> Iterator[Fio]:
-    """fio on one connection to ``export``, for ``seconds``, over its first ``size`` bytes."""
+    """fio on one connection to ``export``, for ``seconds``, over its first ``size`` bytes; again
+    and again, or ``once`` at most.
+    """
     command = ["fio", "--name=x", "--ioengine=nbd", f"--uri={server.uri(export)}", f"--rw={rw}"]
-    command += [f"--bs={block}", f"--iodepth={depth}", f"--size={size}", "--time_based"]
+    command += [f"--bs={block}", f"--iodepth={depth}", f"--size={size}"]
+    command += [] if once else ["--time_based"]
     command += [f"--runtime={round(seconds * 1000)}ms", "--output-format=json"]
     with _client(server, command) as process:
         yield Fio(process, rw, seconds)
@@ -96,9 +107,8 @@ def measure(
     """Run one cell once: the rate in the cell's unit, and fio's details if it was fio."""
     if cell.rw == "copy":
         return copy_rate(server, cell.depth, size, seconds=seconds), None
-    with start_fio(
-        server, "", cell.rw, cell.block, cell.depth, seconds=seconds, size=size
-    ) as running:
+    load = (cell.rw, cell.block, cell.depth)
+    with start_fio(server, "", *load, seconds=seconds, size=size, once=cell.cold) as running:
         result = running.result()
     return (result.iops if cell.unit == "IOPS" else result.rate), result
 

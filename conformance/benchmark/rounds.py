@@ -66,8 +66,8 @@ class Plan:
 def run_rounds(plan: Plan, report: Report, progress: Progress) -> None:
     """Run all rounds, adding samples; a cell that fails is noted and the run goes on."""
     for turn in range(plan.rounds):
-        kinds = groupby(plan.cells, key=lambda c: (c.image, c.transport, c.writes))
-        for (_, _, writes), group in kinds:
+        kinds = groupby(plan.cells, key=lambda c: (c.part, c.image, c.transport, c.writes))
+        for (*_, writes), group in kinds:
             cells = list(group)
             if writes:
                 _write_group(plan, cells, turn, report, progress)
@@ -120,7 +120,7 @@ def _sample(
     with _noting(report, f"{server.peer}, {cell.name}, round {turn + 1}"):
         # Every time: some kernels (DAMON) reclaim what lay unused for seconds.
         file = plan.file(cell, server.peer)
-        image.warm(file.path)
+        (image.evict if cell.cold else image.warm)(file.path)
         start, used = time.monotonic(), server.cpu_seconds()
         waste = sum(other.cpu_seconds() for other in others)
         rate, detail = measure(server, cell, file.size, seconds=plan.seconds)
