@@ -6,8 +6,8 @@
     header ──────┼ refused ────────────────> its payload is skipped, then an error
     at ``at``    ├ with a payload ─────────> Payloads ─> Writes | SlowRequests
                  ├ READ ── in memory ──────> Reads
-                 │         encoded blocks ─> PackedReads (a processor) | ColdReads (a disk)
-                 │         on a disk ──────> ColdReads
+                 │         packed ─────────> PackedReads
+                 │         on a disk ──────> FetchedReads, once more from here | ColdReads
                  │         another server's > AfarReads
                  └ all else ───────────────> SlowRequests
 
@@ -16,12 +16,15 @@ hands on those of blocks (``_unpack``). Belongs to the loop, and never blocks it
 """
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 
 from nbdsrv.disk.disk import Ability, Disk
-from nbdsrv.disk.runs import RemoteRun, Run
+from nbdsrv.disk.residency import Stored
+from nbdsrv.disk.runs import BlockRun, RemoteRun, Run
 from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.cold import ColdReads
+from nbdsrv.net.fetched import Fetch, FetchedReads, pieces
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.packed import PackedReads
 from nbdsrv.net.payload import Payloads, Refusal
@@ -75,12 +78,13 @@ class Dispatch:
         sender: Sender,
         *,
         deliver: Callable[[Answer], None],
+        again: Callable[[list[Fetch]], None],
         streak_ended: Callable[[Streak | None, BaseException | None], None],
         memory_is_back: Callable[[], None],
         measures: Measures,
     ) -> None:
-        """``deliver`` sends an answer and becomes the owner of its buffers; the others are told as
-        ``Writes`` and ``Payloads`` say.
+        """``deliver`` sends an answer and becomes the owner of its buffers; ``again`` calls
+        ``serve_again``; the others are told as ``Writes`` and ``Payloads`` say.
         """
         dialect = agreement.dialect
         extended = dialect is Dialect.EXTENDED
@@ -100,9 +104,11 @@ class Dispatch:
         self.slow = SlowRequests(*answering, agreement.contexts, deliver, measures)
         self.afar = AfarReads(*answering, dialect, self.slow, deliver, measures)
         self.packed = PackedReads(disk, reactor, self.slow, deliver, measures)
+        self.fetched = FetchedReads(reactor, self.slow, again)
         self.cold = ColdReads(*answering, self.slow, deliver)
         self.reads = Reads(
-            *(disk, reactor, sender, self._encoder, dialect, channel.secure), self._unpack
+            *(disk, reactor, sender, self._encoder, dialect, channel.secure),
+            *(self._fetch, self._unpack),
         )
         self.writes = Writes(
             *(disk, reactor, channel, self._encoder, dialect, streak_ended),
@@ -121,6 +127,9 @@ class Dispatch:
             direct_fua=Ability.DIRECT_FUA in disk.abilities,
         )
         self.draining = self.turned_away = False
+        self._measures = measures
+        self._is_again = False
+        self._waiting: dict[int, float] = {}
         self.reads_begun = self.empty_writes = self.others = self.refusals = 0
 
     def serve(self, rx: memoryview, at: int, end: int) -> int:
@@ -178,18 +187,60 @@ class Dispatch:
                 return
             runs = None
         if runs is not None and request.length <= MAX_FETCH:
-            if not self.packed.begin(request, runs):
-                self.cold.begin(request, runs)
+            if not self._compute(request, runs):
+                self._await_disk(request, runs)
         else:
             self.slow.start(request, self.slow.read(request))
+
+    def serve_again(self, fetched: Sequence[Fetch]) -> None:
+        """Answer READs that have been counted already, and whose bytes are in memory now."""
+        reads, size = self.reads, self.frame.size
+        counted = reads.served, reads.begun
+        headers = memoryview(bytearray(size * len(fetched)))
+        for number, fetch in enumerate(fetched):
+            request = fetch.request
+            key = self._magic << 32 | request.flags << 16 | request.command
+            where = (request.cookie, request.offset, request.length)
+            self.frame.pack_into(headers, number * size, key, *where)
+            self._waiting[request.cookie] = fetch.began
+        self._is_again = True
+        try:
+            at, end = 0, len(headers)
+            while at < end:
+                at = reads.serve(headers, at, end)
+                if at < end:
+                    self._read(fetched[at // size].request)
+                    at += size
+        finally:
+            self._is_again = False
+            reads.served, reads.begun = counted
+            waits, self._waiting = self._waiting, {}
+            now = perf_counter()
+            for began in waits.values():
+                self._measures.reads.add(now - began)
+
+    def _fetch(self, request: Request, wanted: Sequence[Stored]) -> bool:
+        """For ``Reads``: have the kernel bring it into memory, but not twice."""
+        return not self._is_again and self.fetched.begin(request, wanted)
 
     def _unpack(self, request: Request, runs: Sequence[Run], away: bool) -> bool:  # noqa: FBT001
         """For ``Reads``: have threads get blocks."""
         if self.slow.full():
             return False
-        if away or not self.packed.begin(request, runs):
-            self.cold.begin(request, runs)
+        if away or not self._compute(request, runs):
+            self._await_disk(request, runs)
         return True
+
+    def _compute(self, request: Request, runs: Sequence[Run]) -> bool:
+        began = self._waiting.pop(request.cookie, None)
+        return self.packed.begin(request, runs, began)
+
+    def _await_disk(self, request: Request, runs: Sequence[Run]) -> None:
+        # What is to be unpacked is the threads' in any case, unless it is the only one.
+        alone = not (isinstance(runs[0], BlockRun) and self.slow.in_flight)
+        if not (alone and self._fetch(request, pieces(runs, request.length))):
+            self._waiting.pop(request.cookie, None)
+            self.cold.begin(request, runs)
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:
         self.refusals += 1

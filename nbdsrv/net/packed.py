@@ -55,13 +55,15 @@ class PackedReads:
         self._waiting: deque[tuple[Request, float]] = deque()
         self._ready: list[tuple[Request, Reply]] = []
 
-    def begin(self, request: Request, runs: Sequence[Run]) -> bool:
-        """Carry out a READ that is within the disk; False if it is not of this kind."""
+    def begin(self, request: Request, runs: Sequence[Run], began: float | None = None) -> bool:
+        """Carry out a READ that is within the disk, and came just now, or when ``began`` says
+        (``perf_counter``); False if it is not of this kind.
+        """
         if not _at_hand(runs):
             return False
         self._slow.in_flight += 1
         self._slow.moving += request.length
-        began = perf_counter()
+        began = began or perf_counter()
         if self._unpacking >= MAX_UNPACKING:
             self._waiting.append((request, began))
         else:

@@ -5,6 +5,7 @@
     uvloop ── add_reader ──> epoll ──┬── client 1      on_events()
                                      ├── client 2      on_events()
                                      ├── a server that a proxied export comes from (``tend``)
+                                     ├── a ring        Ring.complete()
                                      └── eventfd       Workers.complete()
 
 Why not one ``add_reader`` per client: at low queue depth a server spends its time waking up, not
@@ -22,9 +23,11 @@ import select
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
+from typing import TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.ring import Ring
 from nbdsrv.disk.watch import Handler, LoopWatch
 from nbdsrv.disk.workers import Workers
 from nbdsrv.net.buffers import Buffers
@@ -33,6 +36,8 @@ from nbdsrv.net.windows import Windows
 __all__ = ["ARENA_SIZE", "RECEIVE_SIZE", "Handler", "Reactor"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RECEIVE_SIZE = 1 << 19
 """Bytes taken from one client at a time: three writes of 256 KiB and most of the next."""
@@ -76,11 +81,15 @@ class Reactor:
         self._again_soon = False
         self._due: list[Callable[[], None]] = []
         self._serving = False
+        self._bringing = False
         self._tended: WeakSet[Disk] = WeakSet()
         self._windows: WeakKeyDictionary[Disk, Windows] = WeakKeyDictionary()
         self._closed = False
         self._credit = MAX_CREDIT
         self._epoll.register(workers.fileno(), select.EPOLLIN)
+        self._ring = Ring.make()
+        if self._ring is not None:
+            self._epoll.register(self._ring.fileno(), select.EPOLLIN)
         self._loop.add_reader(self._epoll.fileno(), self._wake)
 
     def add(self, fd: int, handler: Handler, events: int) -> None:
@@ -108,6 +117,18 @@ class Reactor:
             self._loop.call_soon(self._end_pass)
         self._due.append(call)
 
+    def bring(
+        self, fd: int, position: int, length: int, done: Callable[[T, int], None], what: T
+    ) -> bool:
+        """Have the kernel bring a range of a file into memory; as ``Ring.bring``."""
+        ring = self._ring
+        if ring is None or not ring.bring(fd, position, length, done, what):
+            return False
+        if not self._bringing:
+            self._bringing = True
+            self.soon(self._begin_bringing)
+        return True
+
     def windows(self, disk: Disk) -> Windows:
         """What all its clients remember of where its bytes lie, as long as it is open."""
         found = self._windows.get(disk)
@@ -131,6 +152,8 @@ class Reactor:
         self._closed = True
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
+        if self._ring is not None:
+            self._ring.close()
         self.buffers.release(self.receive)
         self.buffers.release(self.arena)
 
@@ -174,6 +197,11 @@ class Reactor:
             if self._credit < MAX_CREDIT:
                 self._credit += 1
 
+    def _begin_bringing(self) -> None:
+        self._bringing = False
+        if self._ring is not None:
+            self._ring.submit()
+
     def _wake_soon(self) -> None:
         if not self._again_soon:
             self._again_soon = True
@@ -197,3 +225,5 @@ class Reactor:
                 handler.on_events(mask)
             elif fd == self.workers.fileno():
                 self.workers.complete()
+            elif self._ring is not None:
+                self._ring.complete()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from nbdsrv.disk.disk import Disk
-from nbdsrv.disk.residency import NEVER, Residency
+from nbdsrv.disk.residency import NEVER, Residency, Stored
 from nbdsrv.disk.runs import BlockRun, FileRun, RemoteRun, Run, ZeroRun
 from nbdsrv.net.outgoing import FilePart
 from nbdsrv.net.reactor import ARENA_SIZE, Reactor
@@ -62,6 +62,9 @@ _SIMPLE, _STRUCTURED = int(Dialect.SIMPLE), int(Dialect.STRUCTURED)
 _preadv, _pack_chunk, _pack_simple = os.preadv, STRUCTURED_DATA.pack_into, SIMPLE_WORDS.pack_into
 
 
+Bring = Callable[[Request, Sequence[Stored]], bool]
+"""Has the kernel bring what a READ needs into memory, then serves it once more; false if not now.
+"""
 Later = Callable[[Request, Sequence[Run], bool], bool]
 """Has threads answer a READ of encoded blocks; false if not now. The last argument: are the packed
 bytes known not to be in memory?"""
@@ -83,6 +86,7 @@ class Reads:
         encoder: SimpleEncoder | ChunkEncoder,
         dialect: Dialect,
         secure: bool,  # noqa: FBT001
+        bring: Bring,
         later: Later,
     ) -> None:
         self._disk = disk
@@ -103,6 +107,7 @@ class Reads:
         # What the loop of ``serve`` needs, unpacked in one go.
         self._constants = (frame.unpack_from, frame.size, key, int(dialect), head, large)
         self._secure = secure
+        self._bring = bring
         self._later = later
         self.served = 0
         self.begun = 0
@@ -177,8 +182,15 @@ class Reads:
                     if _preadv(fd, (arena[data:after],), offset + shift, inline) != length:
                         break
                 except BlockingIOError:
-                    self._cold = offset
-                    break
+                    self._residency.cold()
+                    wanted = (fd, offset + shift, length, self._residency)
+                    request = Request(Command.READ, 0, cookie, offset, length)
+                    if not self._bring(request, (wanted,)):
+                        self._cold = offset
+                        break
+                    self.begun += 1
+                    at += size
+                    continue
                 except OSError:
                     break
                 if dialect == _STRUCTURED:

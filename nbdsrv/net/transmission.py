@@ -28,6 +28,7 @@ from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import make_resident
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.dispatch import LAST, Dispatch
+from nbdsrv.net.fetched import Fetch
 from nbdsrv.net.measured import Measured
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.outgoing import FilePart
@@ -78,6 +79,7 @@ class Transmission(Measured):
         self._dispatch = Dispatch(
             *(reactor, channel, disk, agreement, self._sender),
             deliver=self._deliver,
+            again=self._serve_again,
             streak_ended=self._streak_ended,
             memory_is_back=self._memory_is_back,
             measures=measures,
@@ -398,6 +400,21 @@ class Transmission(Measured):
         self._deliver([])
 
     # --- replies ------------------------------------------------------
+
+    def _serve_again(self, fetched: list[Fetch]) -> None:
+        """Outside a turn: what the kernel has brought into memory for these."""
+        try:
+            if not self._closed and not self._writes.lent:
+                self._dispatch.serve_again(fetched)
+                self._sender.push()
+                fetched = []
+        except Exception as error:  # noqa: BLE001 - the reactor serves others
+            self._lost(error)
+            return
+        if not self._closed:
+            for fetch in fetched:  # a thread has the connection
+                self._slow.start(fetch.request, self._slow.read(fetch.request))
+        self._deliver([])
 
     def _deliver(self, answer: Answer) -> None:
         """Send what became ready outside a turn."""

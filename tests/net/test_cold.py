@@ -1,4 +1,6 @@
-"""READs that wait for a disk: those of one turn share threads, which first tell it of them all."""
+"""READs that wait for a disk, where there is no io_uring: those of one turn share threads, which
+first tell it of them all.
+"""
 
 import asyncio
 import os
@@ -13,6 +15,7 @@ from wire import Wire
 from nbdsrv.disk.blocks import BlockCache, Blocks
 from nbdsrv.disk.disk import Disk
 from nbdsrv.disk.residency import NEVER, Residency, Stored
+from nbdsrv.disk.ring import Ring
 from nbdsrv.disk.runs import BlockRun, Run
 from nbdsrv.disk.workers import Workers
 from nbdsrv.errors import DiskError
@@ -74,6 +77,11 @@ class Cold(Disk):
     async def close(self) -> None:
         self._blocks.close()
         os.close(self._file)
+
+
+@pytest.fixture(autouse=True)
+def no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ring, "make", lambda: None)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def reads(disk: object, windows: Windows, sender: object, later: object = None) 
         encoder(Dialect.STRUCTURED),
         Dialect.STRUCTURED,
         False,
+        lambda *_: False,
         later,  # type: ignore[arg-type]
     )
 
