@@ -4,12 +4,14 @@
 
     open_qmp ──> {"QMP": greeting}                        one JSON object a line
              ──> qmp_capabilities
-    execute  ──> {"execute": ..., "id": 7}
+    execute  ──> {"execute": ..., "id": "5f2c-7"}
              <── {"event": ...}        on_event           whenever QEMU likes
-             <── {"return": ..., "id": 7}                 or {"error": {"class", "desc"}, "id": 7}
+             <── {"return": ..., "id": "5f2c-7"}          or {"error": {"class", "desc"}, "id": ...}
 
 Commands are answered in order, so that what is asked after a command that was given up sees what
-that command did.
+that command did. Also by whom it was given: a monitor has one client at a time, and who comes next
+is told what came of the last command of one that was killed (QEMU 7.2). So ids are a connection's
+own, and before the first answer to us others are somebody else's.
 
 The peer is as trusted as the disks it serves, and bounded all the same: a line's length, the time
 an answer takes, and what an answer may look like. Whatever breaks a rule ends the connection.
@@ -23,6 +25,7 @@ import contextlib
 import errno as os_errno
 import json
 import logging
+import secrets
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -87,8 +90,10 @@ class QmpClient:
         self.on_event: Event = lambda _name, _data: None
         self._reader = reader
         self._writer = writer
+        self._session = secrets.token_hex(4)
         self._number = 0
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._answered = False
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._stirred = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
 
@@ -138,19 +143,19 @@ class QmpClient:
         if self.lost:
             raise self._gone()
         self._number += 1
-        number = self._number
-        request: dict[str, Any] = {"execute": command, "id": number}
+        id_ = f"{self._session}-{self._number}"
+        request: dict[str, Any] = {"execute": command, "id": id_}
         if arguments is not None:
             request["arguments"] = arguments
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
+        self._waiting[id_] = future
         try:
             self._writer.write(json.dumps(request).encode() + b"\n")
             async with asyncio.timeout(min(timeout_s, HURRY_S) if self.hurried else timeout_s):
                 answer = await future
         except TimeoutError:
             if self.hurried:
-                self._fall_silent({number})
+                self._fall_silent({id_})
                 raise self._gone() from None
             raise SourceError(f"{self.name}: no answer to {command} in {timeout_s:g} s") from None
         finally:
@@ -171,7 +176,7 @@ class QmpClient:
             asked = set(self._waiting)  # also what nobody waits for any more: it is answered first
             asyncio.get_running_loop().call_later(HURRY_S, self._fall_silent, asked)
 
-    def _fall_silent(self, asked: set[int]) -> None:
+    def _fall_silent(self, asked: set[str]) -> None:
         if not asked.isdisjoint(self._waiting):
             self._fail(f"QEMU has not answered for {HURRY_S:g} s")
 
@@ -241,10 +246,14 @@ class QmpClient:
             self.on_event(event, data if isinstance(data, dict) else {})
             self._stirred.set()
             return
-        number = line.get("id")
+        id_ = line.get("id")
         if "return" not in line and not isinstance(line.get("error"), dict):
             raise QmpLost(f"{self.name}: an answer without return or error")
-        future = self._waiting.pop(number, None) if isinstance(number, int) else None
+        future = self._waiting.pop(id_, None) if isinstance(id_, str) else None
+        if future is None and not self._answered:
+            log.info("qmp.stale: an answer to somebody before us")
+            return
+        self._answered = True
         if future is None:
             raise QmpLost(f"{self.name}: an answer to nothing that was asked")
         if not future.done():

@@ -191,6 +191,44 @@ async def test_an_answer_that_is_none_ends_the_connection(
         await client.close()
 
 
+async def test_a_real_qemu_after_somebody_who_did_not_wait(tmp_path: Path) -> None:
+    """Every third time or so it tells us what they asked."""
+    async with machine(tmp_path, ()) as guest:
+        for _ in range(20):
+            reader, writer = await asyncio.open_unix_connection(guest.monitor)
+            await reader.readline()
+            writer.write(line({"execute": "qmp_capabilities", "id": 1}))
+            writer.write(line({"execute": "query-qmp-schema", "id": 1}))
+            await writer.drain()
+            writer.transport.abort()
+            client = await open_qmp("vm", path=guest.monitor)
+            assert (await client.execute("query-status"))["status"] == "prelaunch"
+            await client.close()
+
+
+@pytest.mark.parametrize("stale", [1, "1", "5f2c-1", None, [1]])
+async def test_what_somebody_before_us_asked_is_not_answered_to_us(
+    tmp_path: Path, stale: object
+) -> None:
+    """QEMU had a command of theirs in work when they were killed."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(line(GREETING))
+        writer.write(line({"return": "theirs", "id": stale}))
+        asked = json.loads(await reader.readline())
+        error = {"class": "GenericError", "desc": "theirs"}
+        writer.write(line({"error": error, "id": stale}))
+        writer.write(line({"return": {}, "id": asked["id"]}))
+        asked = json.loads(await reader.readline())
+        writer.write(line({"return": "ours", "id": asked["id"]}))
+        await reader.read()
+
+    async with peer(tmp_path / "sock", talk) as path:
+        client = await open_qmp("vm", path=path)
+        assert await client.execute("query-status") == "ours"
+        await client.close()
+
+
 async def test_an_error_that_says_little(tmp_path: Path) -> None:
     def answer(asked: dict) -> bytes:
         return line({"id": asked["id"], "error": {"desc": ["a\nb"]}})
