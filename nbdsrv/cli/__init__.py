@@ -63,8 +63,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run; every error is one line on standard error and an exit code."""
+    prepare_streams()  # before anything is opened, also a pipe
     STOP.install()
-    prepare_streams()
     if logging.lastResort is not None:  # the warnings of commands that keep no log
         logging.lastResort.setFormatter(logging.Formatter("nbdsrv: %(message)s"))
     try:
