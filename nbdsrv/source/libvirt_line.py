@@ -129,7 +129,8 @@ class Line:
             raise self._no_answer(what)
         self._jobs.put((future, work, args))
         try:
-            return await asyncio.wait_for(future, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await future
         except TimeoutError:
             self._silent = True
             raise self._no_answer(what) from None

@@ -219,7 +219,8 @@ class QemuFrozen(Frozen):
                 self._end(f"no room is left in {self._scratch.path} for what the guest overwrites")
             pause_s = min(max(room / FASTEST, SOONEST_S), LATEST_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._over.wait()
         for number in range(len(self._chosen)):
             await remove_export(self.client, f"nbdsrv-{number}")
         await swept(self.client)

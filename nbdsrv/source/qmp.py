@@ -194,16 +194,19 @@ class QmpClient:
                     self._stirred.clear()
                     if await done():
                         return
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._stirred.wait(), LOOK_AGAIN_S)
+                    await self._wait_for_event(LOOK_AGAIN_S)
         except TimeoutError:
             raise SourceError(f"{self.name}: {what} takes more than {timeout_s:g} s") from None
 
     async def stirred(self, timeout_s: float) -> None:
         """Return at the next event, or after ``timeout_s``."""
         self._stirred.clear()
+        await self._wait_for_event(timeout_s)
+
+    async def _wait_for_event(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stirred.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._stirred.wait()
 
     async def close(self) -> None:
         """Hang up. Idempotent."""

@@ -229,6 +229,23 @@ async def test_what_somebody_before_us_asked_is_not_answered_to_us(
         await client.close()
 
 
+async def test_a_cancellation_that_comes_with_an_event(tmp_path: Path) -> None:
+    async def never() -> bool:
+        return False
+
+    async with peer(tmp_path / "sock", answering(lambda _: b"")) as path:
+        client = await open_qmp("vm", path=path)
+        for waiting in (client.until(never, "the last day"), client.stirred(60)):
+            task = asyncio.create_task(waiting)
+            await asyncio.sleep(0.01)
+            client._stirred.set()
+            task.cancel()
+            async with asyncio.timeout(10):
+                await asyncio.wait([task])
+            assert task.cancelled()
+        await client.close()
+
+
 async def test_an_error_that_says_little(tmp_path: Path) -> None:
     def answer(asked: dict) -> bytes:
         return line({"id": asked["id"], "error": {"desc": ["a\nb"]}})
