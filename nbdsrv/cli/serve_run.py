@@ -398,5 +398,4 @@ async def _first(stop: asyncio.Event, server: Server) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await wait
+    await asyncio.gather(*waits, return_exceptions=True)

@@ -17,7 +17,7 @@ Rule: XAPI turns tracking off by itself when anything goes wrong, so it is asked
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -285,8 +285,7 @@ async def _stamping(session: XapiSession, snapshot: str) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.gather(task, return_exceptions=True)  # our own cancellation is not lost in it
 
 
 async def _give_up(session: XapiSession, snapshot: str, why: BaseException) -> None:
