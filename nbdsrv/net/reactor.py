@@ -152,8 +152,9 @@ class Reactor:
         self._closed = True
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
-        if self._ring is not None:
-            self._ring.close()
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
         self.buffers.release(self.receive)
         self.buffers.release(self.arena)
 
