@@ -3,6 +3,7 @@
 import asyncio
 import errno as os_errno
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Broken(Disk):
         super().__init__(workers)
         self.mended = False
         self._memory = os.memfd_create("broken")
+        weakref.finalize(self, os.close, self._memory)  # it may be closed and attached to again
         os.pwrite(self._memory, bytes(SIZE), 0)
         self._blocks = Blocks(BlockCache(), self._decode, self._stored)
 
@@ -65,7 +67,7 @@ class Broken(Disk):
         return ExtentList(offset, [(length, DATA)])
 
     async def close(self) -> None:
-        os.close(self._memory)
+        """There is nothing to be given back."""
 
 
 def _served(server: Server) -> Broken:

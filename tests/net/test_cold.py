@@ -5,6 +5,7 @@ first tell it of them all.
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Cold(Disk):
         self.threads: set[int] = set()
         self._residency = Far(inline)
         self._file = os.memfd_create("cold")
+        weakref.finalize(self, os.close, self._file)  # it may be closed and attached to again
         self._blocks = Blocks(BlockCache(), self._decode, self._stored)
 
     def _stored(self, key: int) -> Stored:
@@ -76,7 +78,6 @@ class Cold(Disk):
 
     async def close(self) -> None:
         self._blocks.close()
-        os.close(self._file)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Packed(Disk):
         self.loads = 0
         self.threads: set[str] = set()
         self._memory = os.memfd_create("packed")
+        weakref.finalize(self, os.close, self._memory)  # it may be closed and attached to again
         os.pwrite(self._memory, bytes(self.size), 0)
         self._blocks = Blocks(BlockCache(), self._decode, None if cold else self._stored)
 
@@ -75,7 +77,6 @@ class Packed(Disk):
 
     async def close(self) -> None:
         self._blocks.close()
-        os.close(self._memory)
 
 
 def served(server: Server, *, cold: bool = False) -> Packed:
