@@ -20,6 +20,7 @@ from nbdsrv.backup.ranges import data_within, steps, together
 from nbdsrv.copying.progress import Advance
 from nbdsrv.copying.reading import PIECE, WINDOW, Lender, read_piece
 from nbdsrv.disk.disk import Disk
+from nbdsrv.disk.patience import set_within
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.disk.workers import Workers
 
@@ -163,11 +164,7 @@ class _Drive:
             await self._moved.wait()
             return
         began = self._loop.time()
-        try:
-            async with asyncio.timeout(patience):
-                await self._moved.wait()
-        except TimeoutError:
-            pass
+        await set_within(self._moved, patience)
         self._waited += self._loop.time() - began
 
     async def _read(self, tasks: asyncio.TaskGroup, offset: int, length: int) -> None:

@@ -10,7 +10,7 @@
 Python's handlers run in the main thread, between two of its bytecodes; a lock that it waits for is
 waited for in C. A signal interrupts that wait, but one that came a moment before it began, or that
 another thread was given, does not. Event loops wake up by a pipe of their own while they run, and
-put ours back (uvloop 0.22).
+put ours back (uvloop 0.23).
 """
 
 import _thread

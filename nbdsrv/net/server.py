@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nbdsrv.disk.patience import set_within
 from nbdsrv.disk.workers import Workers
 from nbdsrv.export.access import Peer
 from nbdsrv.export.exports import Catalogue, Export
@@ -225,10 +226,7 @@ class Server:
                 await self._drained()
         for client in list(self.sessions):
             client.abort()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                await self._empty.wait()
-        if not self._empty.is_set():
+        if not await set_within(self._empty, PATIENCE_S):
             names = sorted({session.name for session in self.sessions.values()})
             log.warning("stop.waiting for what is in flight exports=%r", names)
         await self._empty.wait()
@@ -244,9 +242,7 @@ class Server:
         """
         sent: dict[Transmission, int] = {}
         while not self._empty.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(UNHEARD_S):
-                    await self._empty.wait()
+            await set_within(self._empty, UNHEARD_S)
             for client in list(self.sessions):
                 now = client.tally().sent
                 if client.unheard and sent.get(client) == now:

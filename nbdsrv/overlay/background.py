@@ -12,12 +12,12 @@ the guest has written, which no other overlay has.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
+from nbdsrv.disk.patience import set_within
 from nbdsrv.disk.throttle import Rate
 from nbdsrv.errors import DiskError
 from nbdsrv.overlay.hydrate import HYDRATE_PATIENCE_S, Hydration, Range
@@ -126,7 +126,7 @@ class Background:
         recording = self._recording
         if not recording.recording:
             return
-        if await _set_within(recording.begun, SETTLE_S):
+        if await set_within(recording.begun, SETTLE_S):
             await recording.ended.wait()
 
     async def _record(self) -> None:
@@ -136,7 +136,7 @@ class Background:
         while True:
             before = len(recording.units)
             left = deadline - time.monotonic()
-            if await _set_within(recording.ended, min(LULL_S, max(0.0, left))):
+            if await set_within(recording.ended, min(LULL_S, max(0.0, left))):
                 break
             if left <= LULL_S or len(recording.units) == before:
                 break
@@ -155,10 +155,3 @@ class Background:
         trace = Trace(size=size, recorded=time.time(), point=point, ranges=merged(units))
         await self._place.keep(trace)
         log.info("trace.kept overlay=%s units=%d", name, len(units))
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from typing import Any
 
 from nbdsrv.disk.insist import insist
+from nbdsrv.disk.patience import set_within
 from nbdsrv.disk.workers import Workers
 from nbdsrv.source.hypervisor import Frozen, FrozenDisk, SourceError
 from nbdsrv.source.qemu_address import Place, QemuAddress
@@ -218,9 +219,7 @@ class QemuFrozen(Frozen):
             if room < 0:
                 self._end(f"no room is left in {self._scratch.path} for what the guest overwrites")
             pause_s = min(max(room / FASTEST, SOONEST_S), LATEST_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._over.wait()
+            await set_within(self._over, pause_s)
         for number in range(len(self._chosen)):
             await remove_export(self.client, f"nbdsrv-{number}")
         await swept(self.client)

@@ -31,6 +31,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
+from nbdsrv.disk.patience import set_within
 from nbdsrv.source.hypervisor import SourceError
 
 __all__ = ["QmpClient", "QmpLost", "QmpRefused", "making_sense", "open_qmp"]
@@ -194,19 +195,14 @@ class QmpClient:
                     self._stirred.clear()
                     if await done():
                         return
-                    await self._wait_for_event(LOOK_AGAIN_S)
+                    await set_within(self._stirred, LOOK_AGAIN_S)
         except TimeoutError:
             raise SourceError(f"{self.name}: {what} takes more than {timeout_s:g} s") from None
 
     async def stirred(self, timeout_s: float) -> None:
         """Return at the next event, or after ``timeout_s``."""
         self._stirred.clear()
-        await self._wait_for_event(timeout_s)
-
-    async def _wait_for_event(self, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._stirred.wait()
+        await set_within(self._stirred, timeout_s)
 
     async def close(self) -> None:
         """Hang up. Idempotent."""
@@ -253,12 +249,12 @@ class QmpClient:
         if "return" not in line and not isinstance(line.get("error"), dict):
             raise QmpLost(f"{self.name}: an answer without return or error")
         future = self._waiting.pop(id_, None) if isinstance(id_, str) else None
-        if future is None and not self._answered:
+        if future is None:
+            if self._answered:
+                raise QmpLost(f"{self.name}: an answer to nothing that was asked")
             log.info("qmp.stale: an answer to somebody before us")
             return
         self._answered = True
-        if future is None:
-            raise QmpLost(f"{self.name}: an answer to nothing that was asked")
         if not future.done():
             future.set_result(line)
 
