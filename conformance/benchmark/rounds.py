@@ -66,8 +66,8 @@ class Plan:
 def run_rounds(plan: Plan, report: Report, progress: Progress) -> None:
     """Run all rounds, adding samples; a cell that fails is noted and the run goes on."""
     for turn in range(plan.rounds):
-        kinds = groupby(plan.cells, key=lambda c: (c.part, c.image, c.transport, c.writes))
-        for (*_, writes), group in kinds:
+        kinds = groupby(plan.cells, key=lambda c: (c.image, c.transport, c.writes))
+        for (_, _, writes), group in kinds:
             cells = list(group)
             if writes:
                 _write_group(plan, cells, turn, report, progress)
