@@ -4,7 +4,6 @@ CVE-2017-10664 (reply to a peer that is gone), CVE-2017-9524 (leaving before neg
 reference row "client resets with reads in flight". The fixtures compare descriptors.
 """
 
-import os
 import random
 import shutil
 import socket
@@ -16,6 +15,7 @@ from serving import ServerProcess, eventually
 from wire import Wire
 
 from protocol.constants import Command, Dialect, Errno
+from tests.disk.evicting import evict
 
 
 @pytest.fixture
@@ -67,9 +67,7 @@ def test_reset_at_once_after_64_reads(server: ServerProcess, dialect: Dialect, w
     for _ in range(10):
         wire = server.connect().enter("", dialect)
         if not warm:
-            fd = os.open(_image(server), os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+            evict(_image(server))
         wire.send(b"".join(wire.prepare(Command.READ, n * 500_000, 70_000) for n in range(64)))
         wire.reset()
     as_before(server, before)

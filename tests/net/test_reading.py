@@ -4,7 +4,6 @@ proto.md NBD_CMD_READ, "Structured reply chunk", "Size constraints"; reference r
 structured after SR" to "READ 33 MiB".
 """
 
-import os
 import random
 import shutil
 import socket
@@ -16,6 +15,7 @@ from serving import ServerProcess, eventually
 from wire import Wire
 
 from protocol.constants import Command, CommandFlag, Dialect, Errno, ReplyType
+from tests.disk.evicting import evict
 
 DF = CommandFlag.DF
 TOO_MUCH = {
@@ -194,7 +194,7 @@ def test_cold_file_is_read_correctly(
     wire = server.connect().enter("", dialect)
     rng = random.Random(4)
     for length in (512, 4096, 65536, MIB, 5 * MIB):
-        _drop_from_cache(image)
+        evict(image)
         count = 8 if length <= MIB else 3
         batch = b""
         for _ in range(count):
@@ -223,15 +223,6 @@ def test_more_slow_reads_than_may_be_in_flight(
 
 def _queued(wire: Wire) -> int:
     return len(wire.sock.recv(MIB, socket.MSG_PEEK))
-
-
-def _drop_from_cache(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize(("size", "offset"), [(1, 0), (511, 510), (513, 512), (4097, 4096), (0, 0)])
