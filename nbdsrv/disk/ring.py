@@ -131,6 +131,11 @@ class Ring:
         """Reads whose ``done`` has not been called."""
         return len(self._reading)
 
+    @property
+    def queued(self) -> int:
+        """Those of them that ``submit`` has not begun."""
+        return len(self._queued)
+
     def bring(
         self, fd: int, position: int, length: int, done: Callable[[T, int], None], what: T
     ) -> bool:
@@ -139,14 +144,14 @@ class Ring:
         Args:
             fd: stays open until ``done`` has been called.
             position: bytes from the file's beginning.
-            length: bytes, at most ``LONGEST``.
+            length: bytes.
             done: is told ``what``, and how many bytes there were, or a negated errno.
             what: it is for.
 
         Returns:
-            False: not now.
+            False: not now; or never, for it is longer than ``LONGEST``.
         """
-        if len(self._reading) >= ENTRIES or (self._rests_until and not self._has_rested()):
+        if length > LONGEST or len(self._reading) >= ENTRIES or perf_counter() < self._rests_until:
             return False
         serial = self._serial = self._serial + 1
         self._reading[serial] = (done, what)
@@ -173,6 +178,7 @@ class Ring:
                 log.debug("ring.stalled seconds=%.4f", now - began)
                 self._rests_until = now + REST_S
                 self._withdraw(os_errno.EAGAIN)
+                return
 
     def complete(self) -> None:
         """Call ``done`` for what has been read."""
@@ -188,6 +194,7 @@ class Ring:
         if self._reading:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._nowhere))
         self._reading.clear()
+        self._queued.clear()
         self._words.release()
         self._queues.close()
         self._requests.close()
@@ -207,9 +214,3 @@ class Ring:
             done(what, result)
         except Exception:  # the others' results are not to be lost with it
             log.exception("ring.bug in %r", done)
-
-    def _has_rested(self) -> bool:
-        if perf_counter() < self._rests_until:
-            return False
-        self._rests_until = 0.0
-        return True

@@ -8,12 +8,13 @@ A format translates addresses; one engine moves bytes (docs/architecture.md, "Ho
                   as it is               encoded, decoded as a whole
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nbdsrv.disk.blocks import Blocks
-from nbdsrv.disk.residency import Residency
+from nbdsrv.disk.residency import Residency, Stored
 
-__all__ = ["BlockRun", "FileRun", "RemoteRun", "Run", "ZeroRun"]
+__all__ = ["BlockRun", "FileRun", "RemoteRun", "Run", "ZeroRun", "in_files"]
 
 
 class FileRun(NamedTuple):
@@ -65,3 +66,21 @@ class RemoteRun(NamedTuple):
 
 
 Run = FileRun | ZeroRun | BlockRun | RemoteRun
+
+
+def in_files(runs: Sequence[Run], length: int) -> Sequence[Stored]:
+    """Where the first ``length`` bytes lie in files, those of blocks packed and whole.
+
+    Empty unless all of them do, in files that the kernel can be told to read ahead. Never blocks.
+    """
+    wanted: list[Stored] = []
+    for run in runs:
+        if isinstance(run, FileRun):
+            stored: Stored | None = (run.fd, run.position, min(run.length, length), run.residency)
+        else:
+            stored = run.blocks.stored(run.key) if isinstance(run, BlockRun) else None
+        if stored is None or not stored[3].reads_ahead:
+            return ()
+        wanted.append(stored)
+        length -= run.length
+    return wanted

@@ -123,8 +123,7 @@ class AfarReads:
             self._buffers.release(buffer)
             return False
         self._reading += 1
-        self._slow.in_flight += 1
-        self._slow.moving += length
+        self._slow.enter(length)
         self._reactor.afar += 1
         return True
 
@@ -138,22 +137,18 @@ class AfarReads:
                 self._reactor.soon(self._send_arrived)
             self._arrived.append(read)
             return
-        self._forget(read)
+        self._slow.leave(read.length)
         self._buffers.release(read.buffer)
         # A task waits as long as it takes, and tells what is wrong.
         request = Request(Command.READ, 0, read.cookie, read.at, read.length)
         self._slow.start(request, self._slow.read(request))
-
-    def _forget(self, read: _Read) -> None:
-        self._slow.in_flight -= 1
-        self._slow.moving -= read.length
 
     def _send_arrived(self) -> None:
         arrived, self._arrived = self._arrived, []
         answers: Answer = []
         now, waits = perf_counter(), self._measures.reads
         for read in arrived:
-            self._forget(read)
+            self._slow.leave(read.length)
             waits.add(now - read.began)
             data, header, length = read.buffer.data, read.header, read.length
             if length <= JOINED:

@@ -20,8 +20,8 @@ from functools import partial
 from typing import NamedTuple
 
 from nbdsrv.disk.disk import Disk, read_runs
-from nbdsrv.disk.residency import Stored, announce
-from nbdsrv.disk.runs import BlockRun, FileRun, Run, ZeroRun
+from nbdsrv.disk.residency import announce
+from nbdsrv.disk.runs import Run, ZeroRun, in_files
 from nbdsrv.net.reactor import Reactor
 from nbdsrv.net.slow import MAX_READING, Answer, Reply, SlowRequests
 from protocol.constants import CommandFlag
@@ -76,7 +76,7 @@ class ColdReads:
         self._reading += 1
         self._slow.note_begun(request)
         cold = _Cold(request, runs, reply)
-        if request.length > SMALL or not _is_heeded(runs):
+        if request.length > SMALL or not in_files(runs, request.length):
             self._send_for([cold])
             return
         if not self._gathered:
@@ -115,35 +115,11 @@ class ColdReads:
             self._deliver(answers)
 
 
-def _is_heeded(runs: Sequence[Run]) -> bool:
-    """May the kernel be told of all of it?"""
-    for run in runs:
-        stored = _stored(run)
-        if stored is None or not stored[3].reads_ahead:
-            return False
-    return True
-
-
-def _stored(run: Run) -> Stored | None:
-    if isinstance(run, BlockRun):
-        return run.blocks.stored(run.key)
-    return run if isinstance(run, FileRun) else None
-
-
-def _announce(cold: _Cold) -> None:
-    left = cold.request.length
-    for run in cold.runs:
-        stored = _stored(run)
-        if stored is not None:  # by now its pack may have been closed
-            fd, position, length, _ = stored
-            announce(fd, position, min(length, left) if isinstance(run, FileRun) else length)
-        left -= run.length
-
-
 def _read_all(name: str, group: Sequence[_Cold]) -> list[bool]:
     """Of each, has it failed? In a thread."""
-    for cold in group[1:]:  # to read the first is to announce it
-        _announce(cold)
+    for request, runs, _ in group[1:]:  # to read the first is to announce it
+        for fd, position, length, _ in in_files(runs, request.length):  # by now a pack may be gone
+            announce(fd, position, length)
     failed = []
     for request, runs, reply in group:
         try:

@@ -20,11 +20,11 @@ from time import perf_counter
 
 from nbdsrv.disk.disk import Ability, Disk
 from nbdsrv.disk.residency import Stored
-from nbdsrv.disk.runs import BlockRun, RemoteRun, Run
+from nbdsrv.disk.runs import RemoteRun, Run
 from nbdsrv.net.afar import AfarReads
 from nbdsrv.net.channel import Channel
 from nbdsrv.net.cold import ColdReads
-from nbdsrv.net.fetched import Fetch, FetchedReads, pieces
+from nbdsrv.net.fetched import Fetch, FetchedReads
 from nbdsrv.net.measures import Measures
 from nbdsrv.net.packed import PackedReads
 from nbdsrv.net.payload import Payloads, Refusal
@@ -42,7 +42,7 @@ from protocol.constants import (
     Errno,
 )
 from protocol.handshake.events import Agreement
-from protocol.headers import EXTENDED_REQUEST, REQUEST
+from protocol.headers import EXTENDED_REQUEST, REQUEST, extended_request_key, request_key
 from protocol.replies import encoder
 from protocol.requests import MAX_PAYLOAD, Framing, Request, Rules
 
@@ -89,6 +89,7 @@ class Dispatch:
         dialect = agreement.dialect
         extended = dialect is Dialect.EXTENDED
         self.frame = EXTENDED_REQUEST if extended else REQUEST
+        self._key = extended_request_key if extended else request_key
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._framing = Framing(dialect)
         self._rules = Rules(
@@ -186,23 +187,14 @@ class Dispatch:
             if self.afar.begin(request.cookie, request.offset, request.length):
                 return
             runs = None
-        if runs is not None and request.length <= MAX_FETCH:
-            if not self._compute(request, runs):
-                self._await_disk(request, runs)
-        else:
-            self.slow.start(request, self.slow.read(request))
+        self._hand_on(request, runs)
 
     def serve_again(self, fetched: Sequence[Fetch]) -> None:
         """Answer READs that have been counted already, and whose bytes are in memory now."""
         reads, size = self.reads, self.frame.size
         counted = reads.served, reads.begun
-        headers = memoryview(bytearray(size * len(fetched)))
-        for number, fetch in enumerate(fetched):
-            request = fetch.request
-            key = self._magic << 32 | request.flags << 16 | request.command
-            where = (request.cookie, request.offset, request.length)
-            self.frame.pack_into(headers, number * size, key, *where)
-            self._waiting[request.cookie] = fetch.began
+        headers = memoryview(b"".join(self._header(fetch.request) for fetch in fetched))
+        self._waiting = {fetch.request.cookie: fetch.began for fetch in fetched}
         self._is_again = True
         try:
             at, end = 0, len(headers)
@@ -219,27 +211,30 @@ class Dispatch:
             for began in waits.values():
                 self._measures.reads.add(now - began)
 
+    def _header(self, request: Request) -> bytes:
+        command, flags, *where = request
+        return self.frame.pack(self._key(command, flags), *where)
+
     def _fetch(self, request: Request, wanted: Sequence[Stored]) -> bool:
-        """For ``Reads``: have the kernel bring it into memory, but not twice."""
-        return not self._is_again and self.fetched.begin(request, wanted)
+        """For ``Reads``: have the kernel bring that into memory, but not twice."""
+        return not self._is_again and self.fetched.fetch(request, wanted)
 
     def _unpack(self, request: Request, runs: Sequence[Run], away: bool) -> bool:  # noqa: FBT001
         """For ``Reads``: have threads get blocks."""
         if self.slow.full():
             return False
-        if away or not self._compute(request, runs):
-            self._await_disk(request, runs)
+        self._hand_on(request, runs, away=away)
         return True
 
-    def _compute(self, request: Request, runs: Sequence[Run]) -> bool:
+    def _hand_on(self, request: Request, runs: Sequence[Run] | None, *, away: bool = False) -> None:
+        """A READ that is not answered on the spot, to the first that takes it, and times it."""
         began = self._waiting.pop(request.cookie, None)
-        return self.packed.begin(request, runs, began)
-
-    def _await_disk(self, request: Request, runs: Sequence[Run]) -> None:
-        # What is to be unpacked is the threads' in any case, unless it is the only one.
-        alone = not (isinstance(runs[0], BlockRun) and self.slow.in_flight)
-        if not (alone and self._fetch(request, pieces(runs, request.length))):
-            self._waiting.pop(request.cookie, None)
+        if runs is None or request.length > MAX_FETCH:
+            self.slow.start(request, self.slow.read(request))
+            return
+        if not away and self.packed.begin(request, runs, began):
+            return
+        if self._is_again or not self.fetched.begin(request, runs):
             self.cold.begin(request, runs)
 
     def _refuse(self, request: Request, errno: Errno, text: str) -> None:

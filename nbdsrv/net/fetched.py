@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from nbdsrv.disk.residency import Stored
-from nbdsrv.disk.ring import LONGEST
-from nbdsrv.disk.runs import BlockRun, FileRun, Run
+from nbdsrv.disk.runs import BlockRun, FileRun, Run, in_files
 from nbdsrv.net.reactor import Reactor
 from nbdsrv.net.slow import SlowRequests
 from protocol.requests import Request
 
-__all__ = ["Fetch", "FetchedReads", "pieces"]
+__all__ = ["Fetch", "FetchedReads"]
 
 MAX_FETCHING = 64
 """READs of one client under way at a time."""
@@ -59,12 +58,17 @@ class FetchedReads:
         self._reactor = reactor
         self._slow = slow
         self._again = again
+        self._most = MAX_FETCHING if reactor.brings else 0
         self._fetching = 0
         self._arrived: list[Fetch] = []
 
-    def begin(self, request: Request, wanted: Sequence[Stored]) -> bool:
-        """Begin a READ that is within the disk, of these bytes; False if that is not possible."""
-        if request.length > SMALL or self._fetching >= MAX_FETCHING:
+    def begin(self, request: Request, runs: Sequence[Run]) -> bool:
+        """Carry out a READ that is within the disk; False if it is not for here, or not now."""
+        return self._suits(runs) and self.fetch(request, in_files(runs, request.length))
+
+    def fetch(self, request: Request, wanted: Sequence[Stored]) -> bool:
+        """The same, of which it is known what must be in memory."""
+        if request.length > SMALL or self._fetching >= self._most:
             return False
         fetch, bring = Fetch(request), self._reactor.bring
         for fd, position, length, _ in wanted:
@@ -75,9 +79,16 @@ class FetchedReads:
         if not fetch.left:
             return False
         self._fetching += 1
-        self._slow.in_flight += 1
-        self._slow.moving += request.length
+        self._slow.enter(request.length)
         return True
+
+    def _suits(self, runs: Sequence[Run]) -> bool:
+        """Is it of a few pieces or, as unpacking is the threads' in any case, one packed block
+        while nothing else is under way?
+        """
+        if len(runs) == 1:
+            return not (isinstance(runs[0], BlockRun) and self._slow.in_flight)
+        return len(runs) <= MAX_PIECES and all(isinstance(run, FileRun) for run in runs)
 
     def _came(self, piece: tuple[Fetch, int], result: int) -> None:
         fetch, length = piece
@@ -96,29 +107,9 @@ class FetchedReads:
         for fetch in arrived:
             request = fetch.request
             self._fetching -= 1
-            slow.in_flight -= 1
-            slow.moving -= request.length
+            slow.leave(request.length)
             if fetch.good:
                 good.append(fetch)
             else:
                 slow.start(request, slow.read(request))
         self._again(good)
-
-
-def pieces(runs: Sequence[Run], length: int) -> Sequence[Stored]:
-    """What must be in memory for the first ``length`` bytes; empty if that is nothing for here."""
-    first = runs[0]
-    if isinstance(first, BlockRun):
-        stored = first.blocks.stored(first.key) if len(runs) == 1 else None
-        if stored is None or stored[2] > LONGEST or not stored[3].reads_ahead:
-            return ()
-        return (stored,)
-    if len(runs) > MAX_PIECES:
-        return ()
-    wanted: list[Stored] = []
-    for run in runs:
-        if not isinstance(run, FileRun) or not run.residency.reads_ahead:
-            return ()
-        wanted.append((run.fd, run.position, min(run.length, length), run.residency))
-        length -= run.length
-    return wanted

@@ -61,8 +61,7 @@ class PackedReads:
         """
         if not _at_hand(runs):
             return False
-        self._slow.in_flight += 1
-        self._slow.moving += request.length
+        self._slow.enter(request.length)
         began = began or perf_counter()
         if self._unpacking >= MAX_UNPACKING:
             self._waiting.append((request, began))
@@ -114,17 +113,13 @@ class PackedReads:
     def _send_ready(self) -> None:
         ready, self._ready = self._ready, []
         for request, _ in ready:  # not before: the client stays until all is answered
-            self._forget(request)
+            self._slow.leave(request.length)
         self._deliver([reply.whole for _, reply in ready])
 
     def _leave(self, request: Request) -> None:
         """To a task, which waits as long as it takes, and tells what is wrong."""
-        self._forget(request)
+        self._slow.leave(request.length)
         self._slow.start(request, self._slow.read(request))
-
-    def _forget(self, request: Request) -> None:
-        self._slow.in_flight -= 1
-        self._slow.moving -= request.length
 
 
 def _at_hand(runs: Sequence[Run]) -> bool:

@@ -81,7 +81,6 @@ class Reactor:
         self._again_soon = False
         self._due: list[Callable[[], None]] = []
         self._serving = False
-        self._bringing = False
         self._tended: WeakSet[Disk] = WeakSet()
         self._windows: WeakKeyDictionary[Disk, Windows] = WeakKeyDictionary()
         self._closed = False
@@ -117,6 +116,11 @@ class Reactor:
             self._loop.call_soon(self._end_pass)
         self._due.append(call)
 
+    @property
+    def brings(self) -> bool:
+        """Is there a kernel that ``bring`` may ever ask?"""
+        return self._ring is not None
+
     def bring(
         self, fd: int, position: int, length: int, done: Callable[[T, int], None], what: T
     ) -> bool:
@@ -124,9 +128,8 @@ class Reactor:
         ring = self._ring
         if ring is None or not ring.bring(fd, position, length, done, what):
             return False
-        if not self._bringing:
-            self._bringing = True
-            self.soon(self._begin_bringing)
+        if ring.queued == 1:
+            self.soon(ring.submit)
         return True
 
     def windows(self, disk: Disk) -> Windows:
@@ -197,11 +200,6 @@ class Reactor:
                     return
             if self._credit < MAX_CREDIT:
                 self._credit += 1
-
-    def _begin_bringing(self) -> None:
-        self._bringing = False
-        if self._ring is not None:
-            self._ring.submit()
 
     def _wake_soon(self) -> None:
         if not self._again_soon:

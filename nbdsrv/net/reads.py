@@ -182,12 +182,12 @@ class Reads:
                     if _preadv(fd, (arena[data:after],), offset + shift, inline) != length:
                         break
                 except BlockingIOError:
-                    self._residency.cold()
                     wanted = (fd, offset + shift, length, self._residency)
                     request = Request(Command.READ, 0, cookie, offset, length)
                     if not self._bring(request, (wanted,)):
                         self._cold = offset
                         break
+                    self._residency.cold()
                     self.begun += 1
                     at += size
                     continue

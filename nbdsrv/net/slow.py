@@ -111,6 +111,16 @@ class SlowRequests:
         """Is so much being worked on that no more should be received?"""
         return self.in_flight >= MAX_IN_FLIGHT or self.moving >= MAX_IN_FLIGHT_BYTES
 
+    def enter(self, moved: int) -> None:
+        """Something is in flight that moves so many bytes, whoever carries it out."""
+        self.in_flight += 1
+        self.moving += moved
+
+    def leave(self, moved: int) -> None:
+        """It is not any more. Before its answer is delivered."""
+        self.in_flight -= 1
+        self.moving -= moved
+
     def start(
         self, request: Request, work: Coroutine[Any, Any, Answer], owner: Buffer | None = None
     ) -> None:
@@ -148,15 +158,13 @@ class SlowRequests:
         return Reply(buffer, len(header), total)
 
     def note_begun(self, request: Request) -> None:
-        """It is in flight, whoever carries it out."""
-        self.in_flight += 1
-        self.moving += _weight(request)
+        """It is in flight, and is timed from now on."""
+        self.enter(_weight(request))
         self._began[id(request)] = perf_counter()
 
     def note_answered(self, request: Request) -> None:
         """It is not any more. Before its answer is delivered."""
-        self.in_flight -= 1
-        self.moving -= _weight(request)
+        self.leave(_weight(request))
         took = perf_counter() - self._began.pop(id(request))
         measures = self._measures
         if request.command == Command.READ:

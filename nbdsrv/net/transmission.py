@@ -390,12 +390,12 @@ class Transmission(Measured):
 
     def _warm(self, part: FilePart) -> None:
         """What waited for the client to read on has left the page cache meanwhile."""
-        self._slow.in_flight += 1
+        self._slow.enter(0)
         where = (part.fd, part.position, part.length)
         self._reactor.workers.submit(make_resident, *where, done=self._warmed)
 
     def _warmed(self, _result: object, _error: BaseException | None) -> None:
-        self._slow.in_flight -= 1
+        self._slow.leave(0)
         self._sender.out.warmed()
         self._deliver([])
 

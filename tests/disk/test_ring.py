@@ -10,13 +10,15 @@ import pytest
 
 import nbdsrv.disk.ring as ring_module
 from nbdsrv.disk.ring import BATCH, ENTRIES, LONGEST, Ring
+from tests.disk.evicting import evict
 
 SIZE = 1 << 20
 PART = 4096
 
 
 @pytest.fixture
-def ring() -> Iterator[Ring]:
+def ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ring]:
+    monkeypatch.setattr(ring_module, "STALLED_S", 60.0)  # machines that run tests are busy
     made = Ring.make()
     if made is None:
         pytest.skip("this kernel has no io_uring for us")
@@ -29,9 +31,8 @@ def cold(tmp_path: Path) -> Iterator[int]:
     """A file of which nothing is in memory."""
     path = tmp_path / "file"
     path.write_bytes(os.urandom(SIZE))
+    evict(path)
     fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing beside what is asked for
     yield fd
     os.close(fd)
@@ -98,6 +99,11 @@ def test_more_than_there_is_room_for(ring: Ring, cold: int) -> None:
     }
 
 
+def test_what_is_too_long(ring: Ring, cold: int) -> None:
+    assert not ring.bring(cold, 0, LONGEST + 1, teller([]), 0)
+    assert ring.in_flight == ring.queued == 0
+
+
 def test_what_cannot_be_read_says_why(ring: Ring, cold: int, tmp_path: Path) -> None:
     told: Told = []
     directory = os.open(tmp_path, os.O_RDONLY)
@@ -130,9 +136,15 @@ def test_it_rests_after_a_disk_that_let_it_wait(
     """What has not been begun by then is given back, and nothing is taken for a while."""
     told: Told = []
     monkeypatch.setattr(ring_module, "STALLED_S", -1.0)
+    calls, system_call = [], ring_module._system_call
+    monkeypatch.setattr(
+        ring_module, "_system_call", lambda *args: calls.append(args) or system_call(*args)
+    )
     for number in range(3 * BATCH):
         assert ring.bring(cold, number * PART, PART, teller(told), number)
     ring.submit()
+    assert len(calls) == 1
+    assert not ring.queued
     assert told == [(number, -errno.EAGAIN) for number in range(BATCH, 3 * BATCH)]
     assert not ring.bring(cold, 0, PART, teller(told), 0)
     finish(ring)
